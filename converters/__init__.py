@@ -1,0 +1,1 @@
+"""Adapter -> Adapter, as pure functions."""

@@ -1,0 +1,37 @@
+"""Algebra on the factors of low-rank updates, never on the dense product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loraduct.adapter import LowRank
+
+
+def factors(update: LowRank) -> tuple[Any, Any]:
+    """(a (r, in), scale * b (out, r)) in float64."""
+    import numpy as np
+
+    a = update.a.read(finite=False).astype(np.float64)
+    b = update.b.read(finite=False).astype(np.float64) * update.scale
+    return a, b
+
+
+def singular_values(update: LowRank) -> Any:
+    """Singular values of scale * b @ a, largest first: QR of both factors, SVD of the small core."""
+    import numpy as np
+
+    a, b = factors(update)
+    left = np.linalg.qr(b, mode="r")
+    right = np.linalg.qr(a.T, mode="r")
+    return np.linalg.svd(left @ right.T, compute_uv=False)
+
+
+def effective_rank(values: Any) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007)."""
+    import numpy as np
+
+    total = float(values.sum())
+    if not total:
+        return 0.0
+    p = values[values > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()))

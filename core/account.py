@@ -1,0 +1,112 @@
+"""The account: what became of every tensor and of every config field that changes numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraduct.tensor import UNIT_ROUNDOFF, Loss, Tensor
+from loraduct.text import number, printable
+
+# What can become of a tensor, in the order in which it is reported.
+ACTIONS = {
+    "carried": "bytes as they were",
+    "transposed": "same values, the target's orientation",
+    "padded": "zeros added up to the common rank",
+    "cropped": "zeros of an earlier padding removed",
+    "folded": "multiplied by its module's scale over the common scale",
+    "widened": "stored in a wider dtype so that nothing is rounded",
+    "rounded": "rounded once to the stored dtype",
+    "dropped": "left out on request",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One source tensor and what became of it."""
+
+    source: str
+    target: str | None
+    actions: tuple[str, ...]
+    factor: float = 1.0
+
+
+@dataclass
+class Account:
+    """Entries of one conversion; ``losses`` are filled in while the output is written."""
+
+    entries: list[Entry] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)  # name -> bytes, of what was written
+
+    def carry(self, target: str, tensor: Tensor) -> None:
+        """Record that ``tensor`` is written as ``target``."""
+        stored = tensor.stored_shape[::-1] if tensor.transposed else tensor.stored_shape
+        size = tensor.shape
+        done = [
+            "transposed" if tensor.transposed else "",
+            "padded" if any(n > m for n, m in zip(size, stored, strict=True)) else "",
+            "cropped" if any(n < m for n, m in zip(size, stored, strict=True)) else "",
+            "folded" if tensor.factor != 1.0 else "",
+            "rounded" if tensor.rounds else "",
+            "widened" if UNIT_ROUNDOFF.get(tensor.dtype, 0) < UNIT_ROUNDOFF.get(
+                tensor.stored_dtype, 0) else "",
+        ]  # fmt: skip
+        actions = tuple(a for a in done if a) or ("carried",)
+        self.entries.append(Entry(tensor.name, target, actions, tensor.factor))
+
+    def drop(self, tensors: Iterable[Tensor]) -> None:
+        """Record that tensors were left out because the user asked for it."""
+        self.entries += [Entry(t.name, None, ("dropped",)) for t in tensors]
+
+    def check_complete(self, tensors: Iterable[Tensor]) -> None:
+        """Every source tensor has exactly one entry; anything else is a bug of ours."""
+        booked = Counter(e.source for e in self.entries)
+        found = Counter(t.name for t in tensors)
+        if booked != found:
+            odd = sorted((booked - found) + (found - booked))
+            raise AssertionError(f"tensors not accounted for: {odd[:5]}")
+
+    @property
+    def worst_loss(self) -> tuple[str, float] | None:
+        """The tensor that rounding hurt most, and its relative error."""
+        measured = [(loss.relative, name) for name, loss in self.losses.items()]
+        if not measured:
+            return None
+        relative, name = max(measured)
+        return name, relative
+
+    def lines(self) -> list[str]:
+        """The account for people."""
+        counts = Counter(a for e in self.entries for a in e.actions)
+        out = [f"  {counts[a]:>5} {a:<10} {text}" for a, text in ACTIONS.items() if counts[a]]
+        factors = sorted({e.factor for e in self.entries if e.factor != 1.0})
+        if factors:
+            shown = ", ".join(number(f) for f in factors[:6])
+            out.append(f"        factors folded: {shown}{', ...' if len(factors) > 6 else ''}")
+        if worst := self.worst_loss:
+            out.append(f"        largest relative rounding error: {worst[1]:.2e} in {printable(worst[0])}")
+        width = max((len(k) for k in self.fields), default=0)
+        out += [f"  {k.ljust(width)}  {printable(v, 160)}" for k, v in self.fields.items()]
+        out += [f"  note: {printable(n, 400)}" for n in self.notes]
+        return out
+
+    def as_json(self) -> dict[str, Any]:
+        """The account for programs."""
+        worst = self.worst_loss
+        return {
+            "tensors": [
+                {"source": e.source, "target": e.target, "actions": list(e.actions)}
+                | ({"factor": e.factor} if e.factor != 1.0 else {})
+                | ({"relative_error": self.losses[e.target].relative} if e.target in self.losses else {})
+                for e in self.entries
+            ],
+            "config": self.fields,
+            "notes": self.notes,
+            "largest_relative_error": worst[1] if worst else 0.0,
+            "files": self.files,
+        }

@@ -1,0 +1,135 @@
+"""The neutral adapter model: what every format is read into and written from.
+
+Orientation and names are PEFT's and transformers': a module is named by its live path
+(``model.layers.0.self_attn.q_proj``), ``a`` is (r, in), ``b`` is (out, r) and the update of the
+weight (out, in) is ``scale * b @ a``. ``scale`` is always the final multiplier: alpha/r,
+alpha/sqrt(r) and patterns are resolved by the reader, once. Tensors are lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraduct.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """dW = scale * b @ a; with ``magnitude`` (out,) it is DoRA: W' = m * (W + dW) / ||W + dW||_row.
+
+    ``bias`` (out,) is a low-rank bias as PEFT's ``lora_bias`` has it: the bias moves by
+    ``scale * bias``.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All its tensors, a and b first."""
+        return tuple(t for t in (self.a, self.b, self.magnitude, self.bias) if t is not None)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A parameter of the base is replaced by ``weight``; ``origin`` says why it is in the file."""
+
+    weight: Tensor
+    origin: str = "modules_to_save"  # or "bias", "full"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The one tensor."""
+        return (self.weight,)
+
+
+Update = LowRank | Replacement
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """What an adapter says about the base model it was trained on."""
+
+    name: str | None = None
+    revision: str | None = None
+    quantization: str | None = None  # "4-bit bitsandbytes", ...; None: none known
+    quantization_known: bool = False
+    kin: str | None = None  # sampled weights, see loraduct.formats.base
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a reader found that a person should know. ``kind`` is stable, for programs."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter as read from a folder.
+
+    ``updates`` maps a module (LowRank) or a parameter (Replacement) to what happens to it, in
+    file order. ``config`` is the folder's own configuration, field by field. ``naming`` says
+    whose names the modules have. ``origin`` is what loraduct recorded when it wrote the file, if
+    it still holds; ``metadata`` are the file's other texts.
+    """
+
+    path: Path
+    weights: Path
+    format: str
+    method: str  # "lora", "dora", "full"
+    updates: Mapping[str, Update]
+    config: Mapping[str, Any]
+    base: BaseRef = BaseRef()
+    naming: str = "hf"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, Any] | None = None
+    companions: tuple[Path, ...] = ()
+    notes: tuple[Note, ...] = ()
+    layers: int | None = None  # blocks of the base, when known
+
+    @property
+    def low_rank(self) -> dict[str, LowRank]:
+        """The low-rank updates by module."""
+        return {m: u for m, u in self.updates.items() if isinstance(u, LowRank)}
+
+    @property
+    def replacements(self) -> dict[str, Replacement]:
+        """The replaced parameters."""
+        return {m: u for m, u in self.updates.items() if isinstance(u, Replacement)}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in the order of the updates."""
+        for update in self.updates.values():
+            yield from update.tensors
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max((u.rank for u in self.low_rank.values()), default=0)
+
+
+def kind_of(adapter: Adapter) -> str:
+    """The method in words: ``rsLoRA with rank patterns``."""
+    if adapter.method == "full":
+        return "full fine-tune (replaced weights)"
+    name = {"lora": "LoRA", "dora": "DoRA"}[adapter.method]
+    if adapter.config.get("use_rslora"):
+        name = "rsLoRA" if name == "LoRA" else "rsDoRA"
+    if len({u.rank for u in adapter.low_rank.values()}) > 1:
+        name += ", ranks per module"
+    elif len({u.scale for u in adapter.low_rank.values()}) > 1:
+        name += ", scales per module"
+    return name

@@ -1,0 +1,256 @@
+"""The one place that touches the disk: bounded reads, and writes that are all or nothing.
+
+A folder is written beside its target, synced, then swapped in with one system call; a killed
+process leaves the old folder or the new one. Every mutating call of the package is made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from loraduct.errors import Refused
+
+CONFIG_LIMIT = 8 << 20  # bytes of a JSON file we are willing to parse
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class Source:
+    """An open regular file, read by offset; a short read names the file and the tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        check_regular(path)
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        info = os.fstat(self.fd)
+        if not stat.S_ISREG(info.st_mode):  # swapped between the check and the open
+            os.close(self.fd)
+            raise Refused(path, "is not a regular file")
+        self.size = info.st_size
+
+    def read(self, offset: int, count: int, what: str) -> bytearray:
+        """``count`` bytes at ``offset``."""
+        buffer = bytearray(count)
+        self.read_into(offset, buffer, what)
+        return buffer
+
+    def read_into(self, offset: int, buffer: Any, what: str) -> None:
+        """Fill ``buffer`` from ``offset``."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.fd, [view[done:]], offset + done)
+            if got == 0:
+                raise Refused(self.path, "the file ended while it was read", tensor=what)
+            done += got
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.fd)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is absent or not a regular file (opening a pipe would wait forever)."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as e:
+        if path.is_symlink():
+            raise Refused(path, f"is a symbolic link that leads nowhere ({os.strerror(e.errno or 0)})") from None
+        raise Refused(path, f"can't be read: {os.strerror(e.errno or 0)}") from None
+    if not stat.S_ISREG(mode):
+        raise Refused(path, f"is {_kind(mode)}, expected a regular file")
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All of a small file."""
+    source = Source(path)
+    if source.size > limit:
+        raise Refused(path, f"has {source.size:,} bytes, expected at most {limit:,}")
+    return bytes(source.read(0, source.size, "contents"))
+
+
+def is_file(path: Path) -> bool:
+    """Whether something other than a folder is there (a pipe counts: opening it will refuse)."""
+    return (path.exists() and not path.is_dir()) or (path.is_symlink() and not path.is_dir())
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into one clear line."""
+    try:
+        yield
+    except OSError as e:
+        where = Path(os.fsdecode(e.filename)) if isinstance(e.filename, str | bytes) else path
+        reason = os.strerror(e.errno) if e.errno else str(e)
+        raise Refused(where, f"can't be written: {reason}; nothing was changed") from e
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """One writer of ``target`` at a time, in this and other processes."""
+    import fcntl
+
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        fd = os.open(lock, os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise Refused(target, "is being written by another process; try again later") from None
+        # the former holder may have removed the file between our open and our lock
+        try:
+            if os.stat(lock).st_ino == os.fstat(fd).st_ino:
+                break
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place when the block ends without error.
+
+    Whether an existing ``target`` may be replaced is the caller's decision, made before.
+    """
+    # resolved, so that a link given as the target stays a link and its folder is replaced
+    target = target.resolve()
+    with os_errors(target), locked(target):
+        for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
+            remove_tree(left)  # of a writer that was killed: we hold the lock
+        stage = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        os.mkdir(stage)
+        try:
+            yield stage
+            sync(stage)
+            if target.exists():
+                exchange(stage, target)
+            else:
+                os.rename(stage, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_tree(stage)
+            raise
+        # From here on the new folder is in place: what fails now must not look like a failure.
+        with contextlib.suppress(OSError):
+            sync(target.parent)
+        with contextlib.suppress(OSError):
+            remove_tree(stage)
+
+
+def _escape(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours (links in it are removed, never followed)."""
+    if not folder.is_dir() or folder.is_symlink():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder)
+        return
+    for entry in sorted(folder.iterdir()):
+        remove_tree(entry)
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(folder)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step where the system can, else with two renames.
+
+    Linux: renameat2(RENAME_EXCHANGE); macOS: renamex_np(RENAME_SWAP = 2). The fallback keeps the
+    old folder as ``.NAME.old-*`` until the new one is in place.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(a), os.fsencode(b)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        code = libc.renamex_np(first, second, 2)
+    elif hasattr(libc, "renameat2"):
+        code = libc.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+    else:
+        code, _ = -1, ctypes.set_errno(errno.ENOSYS)
+    if code == 0:
+        return
+    reason = ctypes.get_errno()
+    if reason not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        raise OSError(reason, os.strerror(reason), str(b))
+    aside = b.with_name(f".{b.name}.old-{secrets.token_hex(4)}")
+    os.rename(b, aside)
+    try:
+        os.rename(a, b)
+    except OSError:
+        os.rename(aside, b)
+        raise
+    os.rename(aside, a)
+
+
+def sync(path: Path) -> None:
+    """Make a folder's entries durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> None:
+    """A new file from pieces of bytes or contiguous arrays, synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            while len(view):
+                view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(target: Path, chunks: Iterable[Any]) -> None:
+    """Put a new file in the place of ``target`` (or where none was), all or nothing."""
+    target = target.resolve()
+    with os_errors(target), locked(target):
+        for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
+            remove_tree(left)
+        stage = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            write_file(stage, chunks)
+            os.replace(stage, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(stage)
+            raise
+        with contextlib.suppress(OSError):
+            sync(target.parent)
+
+
+def file_chunks(path: Path) -> Iterator[bytearray]:
+    """A file's bytes in pieces, to be copied."""
+    source = Source(path)
+    step = 4 << 20
+    for offset in range(0, source.size, step):
+        yield source.read(offset, min(step, source.size - offset), path.name)

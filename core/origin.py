@@ -1,0 +1,118 @@
+"""What loraduct writes into a file's metadata so that the way back is exact.
+
+A padded, folded MLX adapter says nothing of the ranks, scales and config it came from. The record
+under the metadata key ``loraduct`` does, and says for which state of the file it holds: once
+another tool changes ranks, scales or modules, it no longer applies and is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from loraduct.adapter import Adapter, LowRank, Update
+from loraduct.tensor import FLOATS
+from loraduct.version import __version__
+
+KEY = "loraduct"
+
+
+def state_of(updates: Mapping[str, Update]) -> str:
+    """A short hash over modules, ranks, scales and shapes of the low-rank updates."""
+    rows = sorted(
+        [m, u.a.shape, u.b.shape, f"{u.scale:.12g}"] for m, u in updates.items() if isinstance(u, LowRank)
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def record(
+    source: Adapter, written: Mapping[str, Update], rename: Mapping[str, str], kin: str | None
+) -> str:
+    """The record for a file that holds ``written``, made from ``source``.
+
+    ``rename`` maps source modules to the names in the file. The oldest origin is kept when the
+    source is itself a conversion of this format, so that chains lead back to the start.
+    """
+    before = source.low_rank
+    changed = {}
+    for module, name in rename.items():
+        old, new = before.get(module), written[name]
+        if old is None or not isinstance(new, LowRank):
+            continue
+        # a dtype that was asked for holds for all; one that folding alone chose is undone
+        dtype = old.b.dtype if old.a.dtype == new.a.dtype else new.b.dtype
+        if (old.rank, old.scale, dtype) != (new.rank, new.scale, new.b.dtype):
+            changed[name] = [old.rank, old.scale, dtype]
+    value = {
+        "version": __version__,
+        "format": source.format,
+        "config": dict(source.config),
+        "state": state_of(written),
+    }
+    if source.origin is not None:
+        value["before"] = {k: source.origin[k] for k in ("format", "config") if k in source.origin}
+    if changed:
+        value["modules"] = changed
+    if kin or source.base.kin:
+        value["kin"] = kin or source.base.kin
+    if source.base.quantization_known:
+        value["trained_on"] = source.base.quantization or "none"
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record in a file's metadata, or None when there is none that can be understood."""
+    try:
+        value = json.loads(metadata.get(KEY, "null"))
+    except (ValueError, RecursionError):
+        return None
+    sound = (
+        isinstance(value, dict)
+        and isinstance(value.get("format"), str)
+        and isinstance(value.get("config"), dict)
+        and isinstance(value.get("state"), str)
+        and isinstance(value.get("kin", ""), str)
+        and isinstance(value.get("trained_on", ""), str)
+        and isinstance(value.get("modules", {}), dict)
+        and all(_is_change(c) for c in value.get("modules", {}).values())
+    )
+    return value if sound else None
+
+
+def _is_change(change: Any) -> bool:
+    return (
+        isinstance(change, list)
+        and len(change) == 3
+        and type(change[0]) is int
+        and change[0] > 0
+        and isinstance(change[1], int | float)
+        and change[1] != 0
+        and change[2] in FLOATS
+    )
+
+
+def restore(
+    updates: Mapping[str, Update], metadata: Mapping[str, str]
+) -> tuple[dict[str, Update], dict[str, Any] | None]:
+    """Undo padding, folding and widening by the record, if it still holds.
+
+    Returns the updates and the record (None when absent or outdated).
+    """
+    value = parse(metadata)
+    if value is None or value["state"] != state_of(updates):
+        return dict(updates), None
+    restored = dict(updates)
+    for name, (rank, scale, dtype) in value.get("modules", {}).items():
+        update = updates.get(name)
+        if not isinstance(update, LowRank) or rank > update.rank:
+            return dict(updates), None
+        b = update.b.resized(update.b.shape[0], rank)
+        if scale != update.scale:
+            b = b.times(update.scale / scale)
+        restored[name] = replace(
+            update, a=update.a.resized(rank, update.a.shape[1]), b=b.to(dtype), scale=scale
+        )
+    return restored, value

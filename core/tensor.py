@@ -1,0 +1,284 @@
+"""A lazy tensor: a region of a file plus what is still to be done to it.
+
+Nothing is read until :meth:`Tensor.rows` is called, and then only the rows asked for. What can be
+done lazily is what adapter conversion needs: transpose, multiply by a factor, pad or crop with
+zeros, change the dtype. These commute, so a handful of fields describe every order of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from loraduct.errors import Refused
+from loraduct.text import number
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from loraduct.files import Source
+
+# Bits of every dtype the safetensors format names (safetensors 0.8, `tensor.rs`).
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")  # what adapters are stored in
+UNIT_ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # all ones here: Inf or NaN
+BLOCK = 4 << 20  # bytes read or written at once
+
+
+@dataclass
+class Loss:
+    """Squared error and squared size of what rounding did to one tensor."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Relative Frobenius error."""
+        return math.sqrt(self.error / self.size) if self.size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a file, lazily. ``shape`` and ``dtype`` describe the result, not the file."""
+
+    name: str
+    stored_dtype: str
+    stored_shape: tuple[int, ...]
+    source: Source | None = None
+    offset: int = 0
+    data: Any = field(default=None, repr=False, compare=False)  # an ndarray, when not from a file
+    path: Path | None = None  # where it came from, for messages
+    transposed: bool = False
+    factor: float = 1.0
+    size: tuple[int, ...] | None = None  # padded with zeros, or cropped (of zeros), to this
+    cast: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the result, a safetensors name."""
+        return self.cast or self.stored_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        if self.size is not None:
+            return self.size
+        return self.stored_shape[::-1] if self.transposed else self.stored_shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.stored_shape) * BITS[self.stored_dtype] // 8
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether the result is the stored bytes as they are."""
+        return (
+            not self.transposed and self.factor == 1.0
+            and self.size in (None, self.stored_shape) and self.dtype == self.stored_dtype
+        )  # fmt: skip
+
+    @property
+    def rounds(self) -> bool:
+        """Whether making the result may round values."""
+        narrower = UNIT_ROUNDOFF.get(self.dtype, 0) > UNIT_ROUNDOFF.get(self.stored_dtype, 0)
+        swapped = {self.dtype, self.stored_dtype} == {"F16", "BF16"}
+        wide = self.dtype == "F32" and self.stored_dtype in ("F16", "BF16")
+        return narrower or swapped or (not is_power_of_two(self.factor) and not wide)
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802 (the name numpy and torch use)
+        """The transpose of a matrix."""
+        size = self.size[::-1] if self.size else None
+        return replace(self, transposed=not self.transposed, size=size)
+
+    def times(self, factor: float) -> Tensor:
+        """Multiplied by a number."""
+        return replace(self, factor=self.factor * factor)
+
+    def resized(self, *shape: int) -> Tensor:
+        """Padded with zeros, or cropped, to ``shape``; what is cropped must be zero."""
+        return self if shape == self.shape else replace(self, size=tuple(shape))
+
+    def to(self, dtype: str) -> Tensor:
+        """Rounded to, or widened to, ``dtype``."""
+        return self if dtype == self.dtype else replace(self, cast=dtype)
+
+    def rows(
+        self, start: int, stop: int, *, loss: Loss | None = None, finite: bool = True
+    ) -> np.ndarray[Any, Any]:
+        """Rows ``start`` to ``stop`` of the result (of a matrix; any other shape: flat elements).
+
+        Arithmetic is float32 with one rounding. With ``finite``, NaN and Inf in the file are
+        refused, and so is a value that overflows the result's dtype.
+        """
+        import numpy as np
+
+        shape = self.stored_shape
+        if len(shape) != 2:
+            raw = self._read(1, start, stop, math.prod(shape))[0]
+            return self._arithmetic(raw, loss, finite)
+        rows, cols = shape[::-1] if self.transposed else shape
+        want_rows, want_cols = self.shape
+        raw = self._read(shape[0], start, min(stop, rows), shape[1])
+        out = self._arithmetic(raw, loss, finite)
+        if want_cols < cols or (want_rows < rows and stop >= want_rows and start < want_rows):
+            self._check_cropped(out, want_rows, want_cols, rows)
+            out = out[:, :want_cols]
+        if out.shape != (stop - start, want_cols):
+            padded = np.zeros((stop - start, want_cols), out.dtype)
+            padded[: out.shape[0], : out.shape[1]] = out
+            return padded
+        return out
+
+    def _check_cropped(self, out: Any, want_rows: int, want_cols: int, rows: int) -> None:
+        extra = [out[:, want_cols:]]
+        if want_rows < rows:
+            extra.append(self._read(self.stored_shape[0], want_rows, rows, self.stored_shape[1]))
+        if any(e.any() for e in extra):
+            raise Refused(
+                self.path,
+                "values beyond the rank recorded for this module are not zero: the file was"
+                " changed since it was written; convert it with another tool's metadata removed",
+                tensor=self.name,
+            )
+
+    def _read(self, n_rows: int, start: int, stop: int, n_cols: int) -> Any:
+        """Stored rows (columns, if transposed) ``start:stop`` as a view in result orientation."""
+        import numpy as np
+
+        width = BITS[self.stored_dtype] // 8
+        kind = _numpy_dtype(self.stored_dtype)
+        if self.data is not None:
+            flat = self.data.reshape(n_rows, n_cols)
+            return flat[:, start:stop].T if self.transposed else flat[start:stop]
+        assert self.source is not None
+        if n_rows == 1 and not self.transposed:
+            part = self.source.read(self.offset + start * width, (stop - start) * width, self.name)
+            return np.frombuffer(part, kind).reshape(1, -1)
+        if not self.transposed:
+            begin, count = self.offset + start * n_cols * width, (stop - start) * n_cols * width
+            return np.frombuffer(self.source.read(begin, count, self.name), kind).reshape(-1, n_cols)
+        if stop - start == n_cols:
+            whole = self.source.read(self.offset, n_rows * n_cols * width, self.name)
+            return np.frombuffer(whole, kind).reshape(n_rows, n_cols).T
+        out = np.empty((n_rows, stop - start), kind)
+        for i in range(n_rows):
+            self.source.read_into(self.offset + (i * n_cols + start) * width, out[i], self.name)
+        return out.T
+
+    def _arithmetic(self, raw: Any, loss: Loss | None, finite: bool) -> Any:
+        """Factor and cast, in float32, with the loss measured; the finiteness check."""
+        import numpy as np
+
+        if finite and not is_finite(raw, self.stored_dtype):
+            raise Refused(
+                self.path, "holds NaN or Inf; the adapter is broken: retrain or repair it",
+                tensor=self.name,
+            )  # fmt: skip
+        if self.factor == 1.0 and self.dtype == self.stored_dtype:
+            return raw
+        exact = as_float32(raw, self.stored_dtype)
+        if self.factor != 1.0:
+            exact = exact * np.float32(self.factor) if is_power_of_two(self.factor) else (
+                exact.astype(np.float64) * self.factor)  # fmt: skip
+        with np.errstate(over="ignore"):
+            out = from_float(exact, self.dtype)
+        if finite and not is_finite(out, self.dtype):
+            raise Refused(
+                self.path,
+                f"does not fit {self.dtype} (largest value {number(float(abs(exact).max()))});"
+                " use --dtype bf16 or f32",
+                tensor=self.name,
+            )
+        if loss is not None:
+            error = as_float32(out, self.dtype).astype(np.float64) - exact
+            loss.error += float(np.vdot(error, error))
+            loss.size += float(np.vdot(exact.astype(np.float64), exact.astype(np.float64)))
+        return out
+
+    def read(self, *, finite: bool = True) -> np.ndarray[Any, Any]:
+        """The whole result as float32."""
+        if len(self.stored_shape) != 2:
+            flat = self.rows(0, math.prod(self.shape), finite=finite)
+            return as_float32(flat, self.dtype).reshape(self.shape)
+        return as_float32(self.rows(0, self.shape[0], finite=finite), self.dtype)
+
+    def chunks(self, loss: Loss | None = None) -> Iterator[Any]:
+        """The result's bytes in order, as C-contiguous arrays of about ``BLOCK`` bytes."""
+        import numpy as np
+
+        shape = self.shape
+        matrix = len(self.stored_shape) == 2
+        rows, row_bytes = (shape[0], self.nbytes // max(shape[0], 1)) if matrix else (
+            math.prod(shape), BITS[self.dtype] // 8)  # fmt: skip
+        step = max(1, BLOCK // max(row_bytes, 1))
+        for start in range(0, rows, step):
+            yield np.ascontiguousarray(self.rows(start, min(start + step, rows), loss=loss))
+
+
+def is_power_of_two(factor: float) -> bool:
+    """Whether multiplying a float by ``factor`` is exact (short of overflow and underflow)."""
+    return abs(math.frexp(factor)[0]) == 0.5
+
+
+def _numpy_dtype(dtype: str) -> str:
+    """Raw storage: 16-bit floats as unsigned integers, so that moving them costs nothing."""
+    kinds = {"F16": "<u2", "BF16": "<u2", "F32": "<f4"}
+    return kinds.get(dtype, f"<u{BITS[dtype] // 8}")
+
+
+def is_finite(raw: Any, dtype: str) -> bool:
+    """Whether raw storage of a float dtype holds no NaN and no Inf."""
+    import numpy as np
+
+    mask = _EXPONENT.get(dtype)
+    if mask is None or raw.size == 0:
+        return True
+    if dtype == "F32":
+        with np.errstate(invalid="ignore", over="ignore"):
+            # NaN and Inf survive max and min, and these run at memory speed
+            return bool(np.isfinite(raw.max()) and np.isfinite(raw.min()))
+    sign_free = np.bitwise_and(raw, 0x7FFF)
+    return bool(sign_free.max() < mask)
+
+
+def as_float32(raw: Any, dtype: str) -> Any:
+    """Raw storage as float32."""
+    import numpy as np
+
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    return raw
+
+
+def from_float(values: Any, dtype: str) -> Any:
+    """Floats rounded once, to nearest even, into raw storage of ``dtype``."""
+    import numpy as np
+
+    if dtype == "F32":
+        return values.astype(np.float32)
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    import ml_dtypes
+
+    # by way of float32 a float64 would be rounded twice
+    return values.astype(ml_dtypes.bfloat16).view(np.uint16)

@@ -1,0 +1,88 @@
+"""Bytes <-> Adapter: one module per format, each with recognises, read and layout."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from loraduct.adapter import Adapter
+from loraduct.errors import NotRecognised, Refused
+from loraduct.files import is_file
+from loraduct.formats.options import ReadOptions
+from loraduct.text import several
+
+# name -> (module, what it is); imported when needed
+FORMATS = {
+    "peft": ("loraduct.formats.peft", "PEFT folder: adapter_config.json + adapter_model.safetensors"),
+    "mlx": ("loraduct.formats.mlx", "MLX folder: adapter_config.json + adapters.safetensors (.npz: read only)"),
+}  # fmt: skip
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a format."""
+    return import_module(FORMATS[name][0])
+
+
+def detect(folder: Path) -> str | None:
+    """The format of the adapter in a folder by its files' names, or None."""
+    found = [name for name in FORMATS if module_of(name).recognises(folder)]
+    if len(found) > 1:
+        raise Refused(folder, f"holds weights of several formats ({', '.join(found)}); keep one")
+    return found[0] if found else None
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Adapters in a folder: itself (``default``) and its direct subfolders, as PEFT saves them."""
+    found = {"default": folder} if detect(folder) else {}
+    try:
+        inner = sorted(p for p in folder.iterdir() if p.is_dir())
+    except OSError:
+        inner = []
+    return found | {p.name: p for p in inner[:1000] if detect(p)}
+
+
+def locate(path: Path, options: ReadOptions) -> tuple[Path, ReadOptions]:
+    """The adapter's folder for what a user may point at: the folder, a file in it, a parent."""
+    if not path.exists() and not path.is_symlink():
+        raise NotRecognised(path, "does not exist")
+    if is_file(path):
+        weights = path.name.endswith((".safetensors", ".npz")) and path.suffix
+        usual = path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapters.npz")
+        if weights and not usual:  # a checkpoint such as 0000100_adapters.safetensors
+            from dataclasses import replace
+
+            options = replace(options, weights=path)
+        return path.parent, options
+    found = adapters_in(path)
+    if options.adapter and options.adapter in found:
+        return found[options.adapter], options
+    if "default" in found:
+        return path, options
+    if len(found) == 1:
+        return next(iter(found.values())), options
+    if found:
+        raise Refused(
+            path, f"holds several adapters ({several(list(found), 8)}); name one folder, or use --adapter NAME"
+        )
+    return path, options
+
+
+def read(path: Path, options: ReadOptions | None = None) -> Adapter:
+    """The adapter at ``path``, whichever format it has. Raises Refused, NotRecognised."""
+    folder, options = locate(path, options or ReadOptions())
+    name = detect(folder)
+    if name is None and options.weights:
+        name = "mlx" if "adapters" in options.weights.name else "peft"
+    if name is None:
+        if (folder / "adapter_config.json").exists():
+            raise NotRecognised(
+                folder, "has an adapter_config.json but no weights beside it (adapter_model.safetensors"
+                " or adapters.safetensors)",
+            )  # fmt: skip
+        hint = (
+            "is a base model, not an adapter" if (folder / "config.json").exists()
+            else "holds no adapter that loraduct reads (PEFT or MLX folder)"
+        )  # fmt: skip
+        raise NotRecognised(folder, hint)
+    return module_of(name).read(folder, options)  # type: ignore[no-any-return]

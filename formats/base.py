@@ -1,0 +1,216 @@
+"""Base model folders (transformers' or mlx-lm's): config and weights, lazily, and who they are."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.architectures import block_of
+from loraduct.errors import NotRecognised, Refused
+from loraduct.formats.json_file import read_object
+from loraduct.formats.safetensors_file import read_header
+from loraduct.tensor import FLOATS, Tensor, as_float32
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_KIN_TENSORS, _KIN_VALUES = 8, 32
+# How quantised bases are named on model hubs; adapter files have no field for it.
+_QUANTIZED_NAMES = (
+    (r"bnb-4bit|nf4", "4-bit bitsandbytes"), (r"bnb-8bit", "8-bit bitsandbytes"),
+    (r"gptq", "GPTQ"), (r"awq", "AWQ"), (r"(?<!\d)fp8(?!\d)", "FP8"),
+    (r"[-_]4[-_]?bit|int4|[-_]q4", "4-bit"), (r"[-_]8[-_]?bit|int8|[-_]q8", "8-bit"),
+    (r"[-_]([2356])[-_]?bit", "low-bit"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model folder. Nothing but ``config.json`` is read until it is asked for."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the architecture."""
+        value = self.config.get("model_type")
+        if not isinstance(value, str):
+            raise Refused(self.path / "config.json", "has no model_type")
+        return value
+
+    @property
+    def layers(self) -> int | None:
+        """Number of blocks."""
+        found = [self.text_config.get(k) for k in _LAYERS]
+        return next((v for v in found if type(v) is int and v > 0), None)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether the head shares the embedding's weight; None when the config doesn't say."""
+        value = self.text_config.get("tie_word_embeddings", self.config.get("tie_word_embeddings"))
+        return value if isinstance(value, bool) else None
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """mlx-lm's quantization settings, if the weights are packed."""
+        value = self.config.get("quantization")
+        return value if isinstance(value, dict) else None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights beside its config."""
+        return any(self.path.glob("model*.safetensors"))
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name, lazily."""
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise Refused(index, "weight_map must map tensor names to file names")
+            names = sorted(set(weight_map.values()))
+            if any(Path(n).name != n for n in names):
+                raise Refused(index, "names files outside the folder")
+            files = [self.path / n for n in names]
+        else:
+            files = sorted(self.path.glob("model*.safetensors"))
+        if not files:
+            raise Refused(self.path, "holds no model*.safetensors; a base with weights is expected")
+        found: dict[str, Tensor] = {}
+        for file in files:
+            found |= read_header(file)[0]
+        return found
+
+    def shape_of(self, module: str) -> tuple[int, ...] | None:
+        """(out, in) of a linear layer's weight, unpacked if quantised; None when there is none."""
+        tensor = self.tensors.get(f"{module}.weight")
+        if tensor is None or len(tensor.shape) != 2:
+            return None
+        rows, cols = tensor.shape
+        if tensor.stored_dtype == "U32" and self.quantization:
+            own = self.quantization.get(module)
+            bits = (own if isinstance(own, dict) else self.quantization).get("bits", 4)
+            return rows, cols * 32 // int(bits)
+        return rows, cols
+
+    @cached_property
+    def kin(self) -> str | None:
+        """A sample of the weights by which copies of one base are known, whatever their dtype.
+
+        Eight matrices of the blocks, spread evenly over the sorted names; of each, 32 values from
+        the middle row. None when the weights are packed.
+        """
+        import numpy as np
+
+        names = sorted(
+            n for n, t in self.tensors.items()
+            if n.endswith(".weight") and len(t.shape) == 2 and block_of(n)
+            and t.stored_dtype in FLOATS and t.shape[1] >= _KIN_VALUES
+        )  # fmt: skip
+        if not names:
+            return None
+        chosen = [names[i * len(names) // _KIN_TENSORS] for i in range(min(_KIN_TENSORS, len(names)))]
+        rows = []
+        for name in chosen:
+            tensor = self.tensors[name]
+            middle = tensor.shape[0] // 2
+            row = as_float32(tensor.rows(middle, middle + 1, finite=False), tensor.dtype)
+            rows.append(row[0, :_KIN_VALUES])
+        sample = np.stack(rows)
+        scaled = sample / np.maximum(np.abs(sample).max(axis=1, keepdims=True), 1e-30)
+        return base64.b64encode(scaled.astype("<f2").tobytes()).decode()
+
+
+def correlation(kin: str, other: str) -> float | None:
+    """Correlation of two kin samples: about 1 for copies of one base in any dtype."""
+    import numpy as np
+
+    try:
+        a, b = (np.frombuffer(base64.b64decode(k, validate=True), "<f2") for k in (kin, other))
+    except ValueError:
+        return None
+    if a.shape != b.shape or not a.size or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return 0.0
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.dot(a, b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+
+
+def differences(adapter: Adapter, base: Base) -> list[Refused]:
+    """Why ``base`` is not the adapter's: shapes that differ, or the recorded sample of weights."""
+    found: list[Refused] = []
+    if not base.has_weights:
+        return found
+    for module, u in adapter.low_rank.items():
+        shape, wanted = base.shape_of(module), (u.b.shape[0], u.a.shape[1])
+        if shape is not None and shape != wanted:
+            found.append(Refused(
+                adapter.weights, f"updates a weight of shape {list(wanted)}, the base {base.path} has"
+                f" {list(shape)}: made for another base", tensor=u.a.name,
+            ))  # fmt: skip
+    if adapter.base.kin and base.kin:
+        alike = correlation(adapter.base.kin, base.kin)
+        if alike is not None and alike < 0.99:
+            found.append(Refused(
+                base.path, "is not the base this adapter was converted with before (sampled weights"
+                f" correlate {alike:.3f}, expected over 0.99)",
+            ))  # fmt: skip
+    return found
+
+
+def recognises(folder: Path) -> bool:
+    """Whether a folder is a base model."""
+    return (folder / "config.json").is_file()
+
+
+def read(path: Path) -> Base:
+    """The base model in ``path`` (a folder, or its config.json)."""
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").exists():
+        raise NotRecognised(folder, "holds no config.json; a base model folder is expected")
+    return Base(folder, read_object(folder / "config.json"))
+
+
+def quantization_in_name(name: str) -> str | None:
+    """What a base's name says of its quantisation."""
+    for pattern, what in _QUANTIZED_NAMES:
+        if re.search(pattern, name, re.IGNORECASE):
+            return what
+    return None
+
+
+def misread_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Old-style fields that are absent though the new ``rope_parameters`` hold them.
+
+    transformers 5 writes only ``rope_parameters``; most model files of mlx-lm 0.32.2 read only
+    top-level ``rope_theta``/``rope_scaling`` and fall back to their defaults without a word.
+    """
+    missing: dict[str, Any] = {}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return missing
+    local = rope.get("sliding_attention")
+    if isinstance(rope.get("full_attention"), dict):
+        rope = rope["full_attention"]
+    if "rope_theta" in rope and config.get("rope_theta") != rope["rope_theta"]:
+        missing["rope_theta"] = rope["rope_theta"]
+    if isinstance(local, dict) and "rope_theta" in local and "rope_local_base_freq" not in config:
+        missing["rope_local_base_freq"] = local["rope_theta"]
+    kind = rope.get("rope_type", "default")
+    if kind != "default" and not config.get("rope_scaling"):
+        missing["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    factor = rope.get("partial_rotary_factor")
+    if factor is not None and config.get("partial_rotary_factor") is None:
+        missing["partial_rotary_factor"] = factor
+    return missing

@@ -1,0 +1,59 @@
+"""Files that travel with an adapter: tokenizer, chat template, model card, licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Exact names, or beginnings of names. Training state and pickles are never opened or carried.
+NAMES = (
+    "README.md", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+_BEGINNINGS = ("LICENSE", "LICENCE", "NOTICE")
+# Ours or the training's: known, left behind, and no reason to refuse --force.
+LEFT_BEHIND = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+               "trainer_state.json", ".gitattributes")  # fmt: skip
+LIMIT = 256 << 20
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name travels along."""
+    return name in NAMES or name.upper().startswith(_BEGINNINGS)
+
+
+def find(folder: Path) -> tuple[tuple[Path, ...], list[str]]:
+    """Companions of a folder, and the names of those that are not carried, with why.
+
+    A link is followed only within the folder or into the ``blobs`` of a model cache that the
+    folder is a snapshot of; anywhere else it could smuggle a private file into the output.
+    """
+    found, odd = [], []
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return (), []
+    for path in entries:
+        if not is_companion(path.name):
+            continue
+        if path.is_symlink() and not _harmless(path, folder):
+            odd.append(f"{path.name} is a link out of the folder and is not carried")
+        elif not path.is_file():
+            odd.append(f"{path.name} is not a regular file and is not carried")
+        elif path.stat().st_size > LIMIT:
+            odd.append(f"{path.name} is too large for a companion and is not carried")
+        else:
+            found.append(path)
+    return tuple(found), odd
+
+
+def _harmless(path: Path, folder: Path) -> bool:
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    home = folder.resolve()
+    cache_blobs = home.parent.parent / "blobs"  # models--x--y/snapshots/REVISION -> blobs
+    return target.is_relative_to(home) or (
+        home.parent.name == "snapshots" and target.is_relative_to(cache_blobs)
+    )

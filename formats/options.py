@@ -1,0 +1,22 @@
+"""What a reader may be told about a folder that doesn't say it itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of every reader.
+
+    ``scale``: of an old MLX ``adapters.npz`` that has no config. ``trained_on``: the precision of
+    the base in training ("nf4", "none"). ``adapter``: which of several adapters. ``weights``: a
+    checkpoint file to read instead of the folder's usual one.
+    """
+
+    scale: float | None = None
+    trained_on: str | None = None
+    allow_pickle: bool = False
+    adapter: str | None = None
+    weights: Path | None = None

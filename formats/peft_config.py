@@ -1,0 +1,206 @@
+"""PEFT's ``adapter_config.json``: which fields change numbers, and how (peft 0.21.2).
+
+Patterns: `peft/utils/other.py:get_pattern_key`, the first key in file order that matches
+``(.*\\.)?(key)$`` wins, and rank and alpha are looked up independently. Targets:
+`peft/tuners/tuners_utils.py:check_target_module_exists`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraduct.errors import Refused
+from loraduct.patterns import first_matches
+from loraduct.text import printable
+
+# peft 0.21.2, utils/peft_types.py
+KINDS = frozenset("""
+    PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT
+    ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA
+    XLORA HRA VBLORA UNILORA CPT MISS BONE RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF
+    DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
+""".split())
+
+# Fields that turn plain-looking LoRA tensors into something else, and its name.
+_OTHER_METHODS = {
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA (block-diagonal factors)",
+    "kasa_config": "KaSA (the base's weight is truncated at the start)",
+    "alora_invocation_tokens": "aLoRA (active only after its invocation tokens)",
+    "arrow_config": "Arrow (a router over adapters)",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "layer_replication (the base's layers are repeated)",
+    "target_parameters": "target_parameters (experts or other bare parameters)",
+    "trainable_token_indices": "trainable tokens (rows of the embedding)",
+    "megatron_config": "Megatron's parallel layers",
+}
+# Initialisations that move the base weight; the file alone is relative to the moved base.
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_NUMBERS = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias",
+            "bias", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
+            "layers_pattern", "init_lora_weights"}  # fmt: skip
+_HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+             "auto_mapping", "peft_version", "lora_dropout", "fan_in_fan_out", "megatron_core",
+             "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+             "runtime_config", "ensure_weight_tying", "use_dora_fast"}  # fmt: skip
+KNOWN = _NUMBERS | _HARMLESS | set(_OTHER_METHODS)
+MAX_RANK = 1 << 16
+
+
+def _is_number(v: Any) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+
+
+def _is_rank(v: Any) -> bool:
+    return type(v) is int and 0 < v <= MAX_RANK
+
+
+def _is_texts(v: Any) -> bool:
+    return isinstance(v, list) and all(isinstance(x, str) for x in v)
+
+
+def _is_layers(v: Any) -> bool:
+    return type(v) is int or (isinstance(v, list) and all(type(x) is int for x in v))
+
+
+# field -> (test, what is expected); null passes where PEFT's default is null
+_TYPES: dict[str, tuple[Any, str]] = {
+    "r": (_is_rank, f"an integer from 1 to {MAX_RANK}"),
+    "lora_alpha": (lambda v: _is_number(v) and abs(v) < 1e9, "a finite number below 1e9"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_dora": (lambda v: isinstance(v, bool), "true or false"),
+    "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
+    "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
+    "rank_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_rank(x) for x in v.values()),
+        "an object of patterns and positive integers"),
+    "alpha_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_number(x) for x in v.values()),
+        "an object of patterns and numbers"),
+    "target_modules": (lambda v: isinstance(v, str) or _is_texts(v), "a list of names or one pattern"),
+    "exclude_modules": (lambda v: isinstance(v, str) or _is_texts(v), "a list of names or one pattern"),
+    "modules_to_save": (_is_texts, "a list of names"),
+    "layers_to_transform": (_is_layers, "an integer or a list of integers"),
+    "layers_pattern": (lambda v: isinstance(v, str) or _is_texts(v), "a name or a list of names"),
+    "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
+    "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
+    "revision": (lambda v: isinstance(v, str), "a text"),
+    "task_type": (lambda v: isinstance(v, str), "a text"),
+    "lora_dropout": (_is_number, "a number"),
+}  # fmt: skip
+_NULL_IS_WRONG = ("r", "lora_alpha")
+
+
+def check(config: Mapping[str, Any], file: Path) -> list[str]:
+    """Refuse a config that isn't plain LoRA/rsLoRA/DoRA; returns names of unknown fields in use."""
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise Refused(file, f"peft_type is {printable(repr(kind), 60)}, which no PEFT method has")
+    if kind != "LORA":
+        raise Refused(file, f"is a {kind} adapter; this version reads LORA (LoRA, rsLoRA, DoRA) only")
+    for field, (test, expected) in _TYPES.items():
+        value = config.get(field)
+        if field in config and not (value is None and field not in _NULL_IS_WRONG) and not test(value):
+            raise Refused(file, f"{field} is {printable(repr(value), 80)}, expected {expected}")
+    for field, name in _OTHER_METHODS.items():
+        if config.get(field):
+            raise Refused(file, f"{field} is set: {name}; this version doesn't carry it")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
+        raise Refused(
+            file,
+            f"init_lora_weights is {printable(init, 40)!r}: training moved the base weight, so the"
+            " factors alone are not the update; save it in PEFT with"
+            " path_initial_model_for_weight_conversion=..., which gives plain LoRA",
+        )
+    return sorted(k for k, v in config.items() if k not in KNOWN and v not in (None, False, {}, []))
+
+
+def scales(
+    config: Mapping[str, Any], modules: Sequence[str], file: Path
+) -> dict[str, tuple[int, float]]:
+    """(rank, scale) of every module as PEFT computes them: alpha/r, or alpha/sqrt(r) for rsLoRA."""
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    ranks = _looked_up(config.get("rank_pattern") or {}, modules, rank, file, "rank_pattern")
+    alphas = _looked_up(config.get("alpha_pattern") or {}, modules, alpha, file, "alpha_pattern")
+    rooted = config.get("use_rslora")
+    return {
+        m: (r, a / math.sqrt(r) if rooted else a / r)
+        for m, r, a in zip(modules, ranks, alphas, strict=True)
+    }
+
+
+def _looked_up(
+    pattern: Mapping[str, Any], modules: Sequence[str], default: Any, file: Path, what: str
+) -> list[Any]:
+    if not pattern:
+        return [default] * len(modules)
+    values = list(pattern.values())
+    hits = first_matches(list(pattern), modules, full=False, file=file, what=what)
+    return [values[i] if i >= 0 else default for i in hits]
+
+
+def unused_patterns(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> list[str]:
+    """Keys of rank_pattern and alpha_pattern that no module matches: PEFT ignores them."""
+    found = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(field) or {}:
+            hits = first_matches([key], modules, full=False, file=file, what=field)
+            if max(hits, default=-1) < 0:
+                found.append(f"{field} key {key!r}")
+    return found
+
+
+def _named(names: str | Sequence[str], modules: Sequence[str], file: Path, what: str) -> list[bool]:
+    """One pattern for the whole path, or names that end the path."""
+    if isinstance(names, str):
+        return [i >= 0 for i in first_matches([names], modules, full=True, file=file, what=what)]
+    exact = set(names)
+    return [m in exact or any(m.endswith(f".{n}") for n in exact) for m in modules]
+
+
+def targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> list[bool]:
+    """Which modules PEFT gives an adapter to when it loads this config."""
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":
+        wanted = [True] * len(modules)
+    else:
+        wanted = _named(targets, modules, file, "target_modules")
+        layers = config.get("layers_to_transform")
+        if isinstance(targets, list) and layers is not None and layers != []:
+            chosen = {layers} if isinstance(layers, int) else set(layers)
+            prefixes = config.get("layers_pattern") or []
+            prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+            exact = set(targets)
+            wanted = [
+                w and (m in exact or _layer(m, prefixes, file) in chosen)
+                for w, m in zip(wanted, modules, strict=True)
+            ]
+    if excluded := config.get("exclude_modules"):
+        out = _named(excluded, modules, file, "exclude_modules")
+        wanted = [w and not o for w, o in zip(wanted, out, strict=True)]
+    return wanted
+
+
+def _layer(module: str, prefixes: Sequence[str], file: Path) -> int | None:
+    """The layer index PEFT reads from a path: the first numbered part, behind a pattern if given."""
+    if not prefixes:
+        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
+        return int(match["idx"]) if match else None
+    parts = module.split(".")
+    for prefix in prefixes:
+        if not re.fullmatch(r"[\w.]+", prefix):
+            raise Refused(file, f"layers_pattern {printable(prefix, 80)!r}: only plain names are read")
+        words = prefix.split(".")
+        for i in range(len(parts) - len(words)):
+            if parts[i : i + len(words)] == words and parts[i + len(words)].isdigit():
+                if i + len(words) + 1 < len(parts):
+                    return int(parts[i + len(words)])
+    return None

@@ -1,0 +1,1 @@
+"""Proofs. Shares no arithmetic with converters, so that it can catch them."""
