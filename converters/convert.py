@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loraduct import origin
@@ -17,10 +17,10 @@ from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
 from loraduct.architectures import kind_of_module, renamer
 from loraduct.errors import Refused
-from loraduct.formats import mlx, peft
+from loraduct.formats import mlx_writer, peft_writer
 from loraduct.formats.base import Base, differences
 from loraduct.formats.folder import METADATA, Folder, model_card
-from loraduct.tensor import Tensor, is_power_of_two
+from loraduct.tensor import UNIT_ROUNDOFF, is_power_of_two
 from loraduct.text import printable
 
 NAMING = {"peft": "hf", "mlx": "mlx"}
@@ -58,28 +58,38 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         _check_head(named, base)
     if (options.to == "mlx" or options.uniform) and named.low_rank:
         if options.to == "mlx" and adapter.method != "full":
-            mlx.check_expressible(named)
+            mlx_writer.check_expressible(named)
         named = uniform(named, widen=options.dtype == "keep")
     if options.uniform and options.to == "peft":
-        named = peft.uniform_config(named)
+        named = peft_writer.uniform_config(named)
     if options.dtype != "keep":
-        named = replace(named, updates=_mapped(named, lambda t: t.to(DTYPES[options.dtype])))
-    layout = {"peft": peft.layout, "mlx": mlx.layout}[options.to]
+        named = replace(named, updates=_cast(named, DTYPES[options.dtype]))
+    layout = {"peft": peft_writer.layout, "mlx": mlx_writer.layout}[options.to]
     tensors, config, account = layout(named)
     account.drop(dropped)
     account.check_complete(adapter.tensors())
     account.notes += [note] if note else []
+    kept_wide = options.dtype in ("f16", "bf16") and adapter.method == "dora"
+    if kept_wide and any(
+        u.magnitude and u.magnitude.dtype == "F32" for u in named.low_rank.values()
+    ):
+        account.notes.append(
+            "DoRA magnitudes stay F32: rounding them would move the base's own weight"
+        )
     account.notes += [n.text for n in adapter.notes]
     _account_fields(adapter, account)
     texts = {k: v for k, v in adapter.metadata.items() if k not in ("format", origin.KEY)}
     kin = base.kin if base is not None and base.has_weights else None
     record = origin.record(selected, named.updates, names, kin)
     return Folder(
-        format=options.to, tensors=tensors, config=config,
+        format=options.to,
+        tensors=tensors,
+        config=config,
         metadata=texts | METADATA[options.to] | {origin.KEY: record},
         card=model_card(options.to, config, adapter.base.name, adapter.format, texts),
-        companions=adapter.companions, account=account,
-    )  # fmt: skip
+        companions=adapter.companions,
+        account=account,
+    )
 
 
 def _select(adapter: Adapter, options: Options) -> dict[str, Update]:
@@ -90,7 +100,9 @@ def _select(adapter: Adapter, options: Options) -> dict[str, Update]:
             try:
                 compiled = re.compile(regex)
             except re.error as e:
-                raise Refused(None, f"--{'include' if wanted else 'exclude'} {printable(regex)!r}: {e}") from None
+                raise Refused(
+                    None, f"--{'include' if wanted else 'exclude'} {printable(regex)!r}: {e}"
+                ) from None
             kept = {n: u for n, u in kept.items() if (compiled.search(n) is not None) == wanted}
     return kept
 
@@ -118,15 +130,18 @@ def _check_head(adapter: Adapter, base: Base | None) -> None:
         if kind_of_module(module) == "output head":
             if base is None:
                 raise Refused(
-                    adapter.weights, "adapts the output head: whether the base ties it to the embedding"
-                    " decides; give --base BASE", tensor=u.a.name,
-                )  # fmt: skip
+                    adapter.weights,
+                    "adapts the output head: whether the base ties it to the embedding"
+                    " decides; give --base BASE",
+                    tensor=u.a.name,
+                )
             if base.tied is not False:
                 raise Refused(
-                    adapter.weights, "adapts the output head, which this base ties to the embedding"
+                    adapter.weights,
+                    "adapts the output head, which this base ties to the embedding"
                     " (tie_word_embeddings): mlx-lm would ignore it; leave it out with --exclude lm_head",
                     tensor=u.a.name,
-                )  # fmt: skip
+                )
 
 
 def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
@@ -145,7 +160,11 @@ def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
             b = b.to("F32")
             bias = bias.to("F32") if bias is not None else None
         done[name] = replace(
-            u, a=u.a.resized(rank, u.a.shape[1]), b=b.resized(b.shape[0], rank), bias=bias, scale=scale
+            u,
+            a=u.a.resized(rank, u.a.shape[1]),
+            b=b.resized(b.shape[0], rank),
+            bias=bias,
+            scale=scale,
         )
     return replace(adapter, updates=done)
 
@@ -162,18 +181,22 @@ def common_scale(adapter: Adapter) -> float:
     return min(candidates, key=cost)
 
 
-def _mapped(adapter: Adapter, change: Callable[[Tensor], Tensor]) -> dict[str, Update]:
-    """The updates with ``change`` applied to every tensor."""
+def _cast(adapter: Adapter, dtype: str) -> dict[str, Update]:
+    """The updates with every tensor in ``dtype``, but DoRA's magnitudes never narrowed.
+
+    A magnitude carries the norm of the base's whole row; rounding it to 16 bits moves the weight
+    by as much as a small update does. They are vectors, so keeping them costs nothing.
+    """
     done: dict[str, Update] = {}
     for name, u in adapter.updates.items():
         if isinstance(u, Replacement):
-            done[name] = replace(u, weight=change(u.weight))
-        else:
-            done[name] = LowRank(
-                change(u.a), change(u.b), u.scale,
-                None if u.magnitude is None else change(u.magnitude),
-                None if u.bias is None else change(u.bias),
-            )  # fmt: skip
+            done[name] = replace(u, weight=u.weight.to(dtype))
+            continue
+        magnitude = u.magnitude
+        if magnitude is not None and UNIT_ROUNDOFF[dtype] < UNIT_ROUNDOFF[magnitude.dtype]:
+            magnitude = magnitude.to(dtype)
+        bias = u.bias.to(dtype) if u.bias is not None else None
+        done[name] = LowRank(u.a.to(dtype), u.b.to(dtype), u.scale, magnitude, bias)
     return done
 
 

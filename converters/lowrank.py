@@ -21,8 +21,8 @@ def singular_values(update: LowRank) -> Any:
     import numpy as np
 
     a, b = factors(update)
-    left = np.linalg.qr(b, mode="r")
-    right = np.linalg.qr(a.T, mode="r")
+    left: Any = np.linalg.qr(b, mode="r")
+    right: Any = np.linalg.qr(a.T, mode="r")
     return np.linalg.svd(left @ right.T, compute_uv=False)
 
 

@@ -17,17 +17,23 @@ def stats_of(adapter: Adapter) -> dict[str, Any]:
         bad += broken
         if isinstance(update, LowRank) and not broken:
             values = singular_values(update)
-            modules.append({
-                "module": module, "norm": float((values**2).sum() ** 0.5),
-                "largest": float(values.max(initial=0.0)),
-                "effective_rank": effective_rank(values), "rank": update.rank,
-            })  # fmt: skip
+            modules.append(
+                {
+                    "module": module,
+                    "norm": float((values**2).sum() ** 0.5),
+                    "largest": float(values.max(initial=0.0)),
+                    "effective_rank": effective_rank(values),
+                    "rank": update.rank,
+                }
+            )
     return {"modules": modules, "not_finite": bad}
 
 
 def _all_finite(tensor: Any) -> bool:
     step = max(1, (1 << 20) // max(1, tensor.shape[-1]))
-    rows = tensor.shape[0] if len(tensor.stored_shape) == 2 else tensor.nbytes // max(1, tensor.nbytes)
+    rows = (
+        tensor.shape[0] if len(tensor.stored_shape) == 2 else tensor.nbytes // max(1, tensor.nbytes)
+    )
     if len(tensor.stored_shape) != 2:
         from math import prod
 

@@ -53,9 +53,10 @@ class Account:
             "cropped" if any(n < m for n, m in zip(size, stored, strict=True)) else "",
             "folded" if tensor.factor != 1.0 else "",
             "rounded" if tensor.rounds else "",
-            "widened" if UNIT_ROUNDOFF.get(tensor.dtype, 0) < UNIT_ROUNDOFF.get(
-                tensor.stored_dtype, 0) else "",
-        ]  # fmt: skip
+            "widened"
+            if UNIT_ROUNDOFF.get(tensor.dtype, 0) < UNIT_ROUNDOFF.get(tensor.stored_dtype, 0)
+            else "",
+        ]
         actions = tuple(a for a in done if a) or ("carried",)
         self.entries.append(Entry(tensor.name, target, actions, tensor.factor))
 
@@ -89,7 +90,9 @@ class Account:
             shown = ", ".join(number(f) for f in factors[:6])
             out.append(f"        factors folded: {shown}{', ...' if len(factors) > 6 else ''}")
         if worst := self.worst_loss:
-            out.append(f"        largest relative rounding error: {worst[1]:.2e} in {printable(worst[0])}")
+            out.append(
+                f"        largest relative rounding error: {worst[1]:.2e} in {printable(worst[0])}"
+            )
         width = max((len(k) for k in self.fields), default=0)
         out += [f"  {k.ljust(width)}  {printable(v, 160)}" for k, v in self.fields.items()]
         out += [f"  note: {printable(n, 400)}" for n in self.notes]
@@ -102,7 +105,11 @@ class Account:
             "tensors": [
                 {"source": e.source, "target": e.target, "actions": list(e.actions)}
                 | ({"factor": e.factor} if e.factor != 1.0 else {})
-                | ({"relative_error": self.losses[e.target].relative} if e.target in self.losses else {})
+                | (
+                    {"relative_error": self.losses[e.target].relative}
+                    if e.target in self.losses
+                    else {}
+                )
                 for e in self.entries
             ],
             "config": self.fields,

@@ -26,16 +26,55 @@ _DIFFERENCE = {
 }
 
 # What a module is, by the last part of its name. Parents matter for two names only.
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "Wqkv", "c_attn", "query_key_value", "wqkv",
-              "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "att_proj", "qkv")  # fmt: skip
+_ATTENTION = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "Wqkv",
+    "c_attn",
+    "query_key_value",
+    "wqkv",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "att_proj",
+    "qkv",
+)
 _PROJECTION = ("o_proj", "out_proj", "dense", "wo", "attn_out")
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "w1",
-                 "w2", "w3", "fc_in", "fc_out", "dense_h_to_4h", "dense_4h_to_h", "ff_proj", "ff_out",
-                 "proj_1", "proj_2")  # fmt: skip
+_FEED_FORWARD = (
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "fc1",
+    "fc2",
+    "c_fc",
+    "w1",
+    "w2",
+    "w3",
+    "fc_in",
+    "fc_out",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+    "ff_proj",
+    "ff_out",
+    "proj_1",
+    "proj_2",
+)
 _HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings")
-KINDS = ("attention matrices", "attention projection", "feed-forward", "experts",
-         "other mixers", "embedding", "output head", "other")  # fmt: skip
+KINDS = (
+    "attention matrices",
+    "attention projection",
+    "feed-forward",
+    "experts",
+    "other mixers",
+    "embedding",
+    "output head",
+    "other",
+)
 
 
 def kind_of_module(module: str) -> str:
@@ -48,8 +87,10 @@ def kind_of_module(module: str) -> str:
         return "other mixers"
     feed_forward = any(p in ("mlp", "feed_forward", "ffn", "mlp_block") for p in parts)
     for names, kind in (
-        (_ATTENTION, "attention matrices"), (_EMBEDDINGS, "embedding"), (_HEADS, "output head"),
-    ):  # fmt: skip
+        (_ATTENTION, "attention matrices"),
+        (_EMBEDDINGS, "embedding"),
+        (_HEADS, "output head"),
+    ):
         if leaf in names:
             return kind
     if feed_forward or leaf in _FEED_FORWARD:
@@ -76,7 +117,10 @@ def table() -> dict[str, dict[str, Any]]:
     raw = json.loads(Path(__file__).with_name("architectures.json").read_bytes())
     sets = {name: frozenset(patterns) for name, patterns in raw["sets"].items()}
     return {
-        model_type: {"equal": sets.get(entry.get("equal"), frozenset()), "other": entry.get("other", {})}
+        model_type: {
+            "equal": sets.get(entry.get("equal"), frozenset()),
+            "other": entry.get("other", {}),
+        }
         for model_type, entry in raw["models"].items()
     }
 
@@ -106,9 +150,10 @@ def renamer(
     if model_type is not None:
         if model_type not in known:
             raise Refused(
-                file, f"architecture {model_type!r} has no verified names between transformers and"
+                file,
+                f"architecture {model_type!r} has no verified names between transformers and"
                 " mlx-lm; give the names with --name-map FILE",
-            )  # fmt: skip
+            )
         for pattern, module in patterns.items():
             if pattern not in known[model_type]["equal"]:
                 raise Refused(file, _difference(pattern, [model_type]), tensor=module)
@@ -148,9 +193,7 @@ def _difference(pattern: str, model_types: list[str]) -> str:
     )
 
 
-def _mapped(
-    modules: list[str], name_map: Mapping[str, str], file: Path, reverse: bool
-) -> Renamer:
+def _mapped(modules: list[str], name_map: Mapping[str, str], file: Path, reverse: bool) -> Renamer:
     """A renamer from a table of patterns; every module must be hit, and no two may meet."""
     pairs = {v: k for k, v in name_map.items()} if reverse else dict(name_map)
     if len(pairs) != len(name_map):

@@ -11,8 +11,18 @@ from loraduct.architectures import KINDS, block_of, kind_of_module
 from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several, size, table
 
-_TRAINING = ("lora_dropout", "task_type", "init_lora_weights", "peft_version", "learning_rate", "iters",
-             "batch_size", "optimizer", "seed", "data")  # fmt: skip
+_TRAINING = (
+    "lora_dropout",
+    "task_type",
+    "init_lora_weights",
+    "peft_version",
+    "learning_rate",
+    "iters",
+    "batch_size",
+    "optimizer",
+    "seed",
+    "data",
+)
 
 
 def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
@@ -28,9 +38,11 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "method": adapter.method,
         "kind": kind_of(adapter),
         "base": {
-            "name": adapter.base.name, "revision": adapter.base.revision,
+            "name": adapter.base.name,
+            "revision": adapter.base.revision,
             "quantization": adapter.base.quantization,
-            "quantization_known": adapter.base.quantization_known, "layers": adapter.layers,
+            "quantization_known": adapter.base.quantization_known,
+            "layers": adapter.layers,
         },
         "ranks": {str(r): n for r, n in sorted(ranks.items())},
         "scales": {number(s): n for s, n in sorted(scales.items())},
@@ -45,7 +57,7 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "origin": _origin(adapter),
         "training": {k: adapter.config[k] for k in _TRAINING if adapter.config.get(k) is not None},
         "traps": [{"kind": n.kind, "text": n.text} for n in adapter.notes],
-    }  # fmt: skip
+    }
     if tensors:
         document["tensors"] = [
             {"name": t.name, "shape": list(t.stored_shape), "dtype": t.stored_dtype, "update": name}
@@ -69,9 +81,17 @@ def _targets(adapter: Adapter) -> list[dict[str, Any]]:
         block = block_of(module)
         name = block[2] if block else module
         row = rows.setdefault(
-            name, {"kind": kind_of_module(module), "module": name, "layers": [], "ranks": set(),
-                   "scales": set(), "shape": [u.b.shape[0], u.a.shape[1]], "parameters": 0},
-        )  # fmt: skip
+            name,
+            {
+                "kind": kind_of_module(module),
+                "module": name,
+                "layers": [],
+                "ranks": set(),
+                "scales": set(),
+                "shape": [u.b.shape[0], u.a.shape[1]],
+                "parameters": 0,
+            },
+        )
         if block:
             row["layers"].append(block[1])
         row["ranks"].add(u.rank)
@@ -87,7 +107,9 @@ def _extras(adapter: Adapter) -> dict[str, int]:
     """What is in the file besides A and B."""
     found = Counter(f"replaced parameters ({r.origin})" for r in adapter.replacements.values())
     found["DoRA magnitudes"] += sum(u.magnitude is not None for u in adapter.low_rank.values())
-    found["low-rank biases (lora_bias)"] += sum(u.bias is not None for u in adapter.low_rank.values())
+    found["low-rank biases (lora_bias)"] += sum(
+        u.bias is not None for u in adapter.low_rank.values()
+    )
     return {k: n for k, n in sorted(found.items()) if n}
 
 
@@ -96,10 +118,11 @@ def _origin(adapter: Adapter) -> dict[str, Any] | None:
     if record is None:
         return None
     return {
-        "converted_from": record["format"], "by": f"loraduct {record.get('version', '')}".strip(),
+        "converted_from": record["format"],
+        "by": f"loraduct {record.get('version', '')}".strip(),
         "still_holds": adapter.origin is not None,
         "changed_modules": len(record.get("modules", {})),
-    }  # fmt: skip
+    }
 
 
 def lines(d: dict[str, Any]) -> list[str]:
@@ -116,7 +139,11 @@ def lines(d: dict[str, Any]) -> list[str]:
     ]
     if d["ranks"]:
         ranks = d["ranks"]
-        shown = ", ".join(f"{r} ({n})" for r, n in ranks.items()) if len(ranks) > 1 else next(iter(ranks))
+        shown = (
+            ", ".join(f"{r} ({n})" for r, n in ranks.items())
+            if len(ranks) > 1
+            else next(iter(ranks))
+        )
         out.append(f"  rank        {shown}")
         scales = d["scales"]
         some = [f"{s} ({n})" if len(scales) > 1 else s for s, n in list(scales.items())[:6]]
@@ -159,21 +186,31 @@ def _target_table(d: dict[str, Any]) -> list[str]:
     for row in d["targets"]:
         kind = row["kind"] if row["kind"] != last else ""
         last = row["kind"]
-        rows.append([
-            kind, printable(row["module"], 80), ranges(row["layers"]) or "-",
-            ", ".join(map(str, row["ranks"][:4])), " x ".join(map(str, row["shape"])),
-            f"{row['parameters']:,}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                kind,
+                printable(row["module"], 80),
+                ranges(row["layers"]) or "-",
+                ", ".join(map(str, row["ranks"][:4])),
+                " x ".join(map(str, row["shape"])),
+                f"{row['parameters']:,}",
+            ]
+        )
     return table(rows)
 
 
 def _stats_table(stats: dict[str, Any]) -> list[str]:
     rows = [["module", "||dW||_F", "largest sv", "effective rank", "rank"]]
     rows += [
-        [printable(m["module"], 80), f"{m['norm']:.4g}", f"{m['largest']:.4g}",
-         f"{m['effective_rank']:.2f}", str(m["rank"])]
+        [
+            printable(m["module"], 80),
+            f"{m['norm']:.4g}",
+            f"{m['largest']:.4g}",
+            f"{m['effective_rank']:.2f}",
+            str(m["rank"]),
+        ]
         for m in stats["modules"]
-    ]  # fmt: skip
+    ]
     out = table(rows)
     bad = stats["not_finite"]
     out.append(f"  ! NaN or Inf in {several(bad, 6)}" if bad else "  no NaN, no Inf")

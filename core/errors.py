@@ -42,7 +42,9 @@ class MissingExtra(LoraductError):
     """An optional dependency is needed for this verb."""
 
     def __init__(self, extra: str, what: str) -> None:
-        super().__init__(f"{what} needs more packages; install them with: pip install 'loraduct[{extra}]'")
+        super().__init__(
+            f"{what} needs more packages; install them with: pip install 'loraduct[{extra}]'"
+        )
 
 
 class GateFailed(LoraductError):

@@ -7,10 +7,8 @@ process leaves the old folder or the new one. Every mutating call of the package
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -64,7 +62,9 @@ def check_regular(path: Path) -> None:
         mode = os.stat(path).st_mode
     except OSError as e:
         if path.is_symlink():
-            raise Refused(path, f"is a symbolic link that leads nowhere ({os.strerror(e.errno or 0)})") from None
+            raise Refused(
+                path, f"is a symbolic link that leads nowhere ({os.strerror(e.errno or 0)})"
+            ) from None
         raise Refused(path, f"can't be read: {os.strerror(e.errno or 0)}") from None
     if not stat.S_ISREG(mode):
         raise Refused(path, f"is {_kind(mode)}, expected a regular file")
@@ -72,9 +72,12 @@ def check_regular(path: Path) -> None:
 
 def _kind(mode: int) -> str:
     kinds = {
-        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-    }  # fmt: skip
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
@@ -141,7 +144,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     with os_errors(target), locked(target):
         for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
             remove_tree(left)  # of a writer that was killed: we hold the lock
-        stage = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        stage = _beside(target, "tmp")
         os.mkdir(stage)
         try:
             yield stage
@@ -159,6 +162,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
             sync(target.parent)
         with contextlib.suppress(OSError):
             remove_tree(stage)
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}-{os.urandom(4).hex()}")
 
 
 def _escape(name: str) -> str:
@@ -185,6 +192,8 @@ def exchange(a: Path, b: Path) -> None:
     Linux: renameat2(RENAME_EXCHANGE); macOS: renamex_np(RENAME_SWAP = 2). The fallback keeps the
     old folder as ``.NAME.old-*`` until the new one is in place.
     """
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
@@ -198,7 +207,7 @@ def exchange(a: Path, b: Path) -> None:
     reason = ctypes.get_errno()
     if reason not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
         raise OSError(reason, os.strerror(reason), str(b))
-    aside = b.with_name(f".{b.name}.old-{secrets.token_hex(4)}")
+    aside = _beside(b, "old")
     os.rename(b, aside)
     try:
         os.rename(a, b)
@@ -236,7 +245,7 @@ def replace_file(target: Path, chunks: Iterable[Any]) -> None:
     with os_errors(target), locked(target):
         for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
             remove_tree(left)
-        stage = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        stage = _beside(target, "tmp")
         try:
             write_file(stage, chunks)
             os.replace(stage, target)

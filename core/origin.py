@@ -7,7 +7,6 @@ another tool changes ranks, scales or modules, it no longer applies and is ignor
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,8 +21,12 @@ KEY = "loraduct"
 
 def state_of(updates: Mapping[str, Update]) -> str:
     """A short hash over modules, ranks, scales and shapes of the low-rank updates."""
+    import hashlib  # late: it loads OpenSSL
+
     rows = sorted(
-        [m, u.a.shape, u.b.shape, f"{u.scale:.12g}"] for m, u in updates.items() if isinstance(u, LowRank)
+        [m, u.a.shape, u.b.shape, f"{u.scale:.12g}"]
+        for m, u in updates.items()
+        if isinstance(u, LowRank)
     )
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -46,7 +49,7 @@ def record(
         dtype = old.b.dtype if old.a.dtype == new.a.dtype else new.b.dtype
         if (old.rank, old.scale, dtype) != (new.rank, new.scale, new.b.dtype):
             changed[name] = [old.rank, old.scale, dtype]
-    value = {
+    value: dict[str, Any] = {
         "version": __version__,
         "format": source.format,
         "config": dict(source.config),

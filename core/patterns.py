@@ -6,10 +6,8 @@ while it works, so an alarm stops it on the main thread; elsewhere the work goes
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -65,7 +63,8 @@ def first_matches(
         return _in_child(patterns, names, full)
     except _TooSlow:
         raise Refused(
-            file, f"{what}: matching its patterns took over {SECONDS:g} s; write them as plain names"
+            file,
+            f"{what}: matching its patterns took over {SECONDS:g} s; write them as plain names",
         ) from None
     except (re.error, RecursionError, OverflowError) as e:
         raise Refused(file, f"{what} holds an invalid pattern: {printable(str(e), 200)}") from None
@@ -94,12 +93,18 @@ def _with_alarm(patterns: Sequence[str], names: Sequence[str], full: bool) -> li
 
 
 def _in_child(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[int]:
+    import json
+    import subprocess
+
     try:
         done = subprocess.run(
             [sys.executable, "-m", "loraduct.patterns"],
             input=json.dumps([list(patterns), list(names), full]),
-            capture_output=True, text=True, timeout=SECONDS + 2, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=SECONDS + 2,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise _TooSlow from None
     if done.returncode:
@@ -108,4 +113,6 @@ def _in_child(patterns: Sequence[str], names: Sequence[str], full: bool) -> list
 
 
 if __name__ == "__main__":
+    import json
+
     json.dump(_match(*json.load(sys.stdin)), sys.stdout)

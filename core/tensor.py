@@ -18,17 +18,33 @@ from loraduct.text import number
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-
     from loraduct.files import Source
 
 # Bits of every dtype the safetensors format names (safetensors 0.8, `tensor.rs`).
 BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "U32": 32,
+    "I32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+}
 FLOATS = ("F32", "F16", "BF16")  # what adapters are stored in
 UNIT_ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # all ones here: Inf or NaN
@@ -90,9 +106,11 @@ class Tensor:
     def verbatim(self) -> bool:
         """Whether the result is the stored bytes as they are."""
         return (
-            not self.transposed and self.factor == 1.0
-            and self.size in (None, self.stored_shape) and self.dtype == self.stored_dtype
-        )  # fmt: skip
+            not self.transposed
+            and self.factor == 1.0
+            and self.size in (None, self.stored_shape)
+            and self.dtype == self.stored_dtype
+        )
 
     @property
     def rounds(self) -> bool:
@@ -103,7 +121,7 @@ class Tensor:
         return narrower or swapped or (not is_power_of_two(self.factor) and not wide)
 
     @property
-    def T(self) -> Tensor:  # noqa: N802 (the name numpy and torch use)
+    def T(self) -> Tensor:
         """The transpose of a matrix."""
         size = self.size[::-1] if self.size else None
         return replace(self, transposed=not self.transposed, size=size)
@@ -120,10 +138,10 @@ class Tensor:
         """Rounded to, or widened to, ``dtype``."""
         return self if dtype == self.dtype else replace(self, cast=dtype)
 
-    def rows(
-        self, start: int, stop: int, *, loss: Loss | None = None, finite: bool = True
-    ) -> np.ndarray[Any, Any]:
+    def rows(self, start: int, stop: int, *, loss: Loss | None = None, finite: bool = True) -> Any:
         """Rows ``start`` to ``stop`` of the result (of a matrix; any other shape: flat elements).
+
+        An ndarray of raw storage: 16-bit floats come as unsigned integers, see ``as_float32``.
 
         Arithmetic is float32 with one rounding. With ``finite``, NaN and Inf in the file are
         refused, and so is a value that overflows the result's dtype.
@@ -174,7 +192,9 @@ class Tensor:
             return np.frombuffer(part, kind).reshape(1, -1)
         if not self.transposed:
             begin, count = self.offset + start * n_cols * width, (stop - start) * n_cols * width
-            return np.frombuffer(self.source.read(begin, count, self.name), kind).reshape(-1, n_cols)
+            return np.frombuffer(self.source.read(begin, count, self.name), kind).reshape(
+                -1, n_cols
+            )
         if stop - start == n_cols:
             whole = self.source.read(self.offset, n_rows * n_cols * width, self.name)
             return np.frombuffer(whole, kind).reshape(n_rows, n_cols).T
@@ -189,15 +209,19 @@ class Tensor:
 
         if finite and not is_finite(raw, self.stored_dtype):
             raise Refused(
-                self.path, "holds NaN or Inf; the adapter is broken: retrain or repair it",
+                self.path,
+                "holds NaN or Inf; the adapter is broken: retrain or repair it",
                 tensor=self.name,
-            )  # fmt: skip
+            )
         if self.factor == 1.0 and self.dtype == self.stored_dtype:
             return raw
         exact = as_float32(raw, self.stored_dtype)
         if self.factor != 1.0:
-            exact = exact * np.float32(self.factor) if is_power_of_two(self.factor) else (
-                exact.astype(np.float64) * self.factor)  # fmt: skip
+            exact = (
+                exact * np.float32(self.factor)
+                if is_power_of_two(self.factor)
+                else (exact.astype(np.float64) * self.factor)
+            )
         with np.errstate(over="ignore"):
             out = from_float(exact, self.dtype)
         if finite and not is_finite(out, self.dtype):
@@ -213,7 +237,7 @@ class Tensor:
             loss.size += float(np.vdot(exact.astype(np.float64), exact.astype(np.float64)))
         return out
 
-    def read(self, *, finite: bool = True) -> np.ndarray[Any, Any]:
+    def read(self, *, finite: bool = True) -> Any:
         """The whole result as float32."""
         if len(self.stored_shape) != 2:
             flat = self.rows(0, math.prod(self.shape), finite=finite)
@@ -226,8 +250,11 @@ class Tensor:
 
         shape = self.shape
         matrix = len(self.stored_shape) == 2
-        rows, row_bytes = (shape[0], self.nbytes // max(shape[0], 1)) if matrix else (
-            math.prod(shape), BITS[self.dtype] // 8)  # fmt: skip
+        rows, row_bytes = (
+            (shape[0], self.nbytes // max(shape[0], 1))
+            if matrix
+            else (math.prod(shape), BITS[self.dtype] // 8)
+        )
         step = max(1, BLOCK // max(row_bytes, 1))
         for start in range(0, rows, step):
             yield np.ascontiguousarray(self.rows(start, min(start + step, rows), loss=loss))

@@ -1,4 +1,4 @@
-"""Bytes <-> Adapter: one module per format, each with recognises, read and layout."""
+"""Bytes <-> Adapter: one module per format, each with read and layout."""
 
 from __future__ import annotations
 
@@ -12,21 +12,31 @@ from loraduct.files import is_file
 from loraduct.formats.options import ReadOptions
 from loraduct.text import several
 
-# name -> (module, what it is); imported when needed
-FORMATS = {
-    "peft": ("loraduct.formats.peft", "PEFT folder: adapter_config.json + adapter_model.safetensors"),
-    "mlx": ("loraduct.formats.mlx", "MLX folder: adapter_config.json + adapters.safetensors (.npz: read only)"),
-}  # fmt: skip
+# name -> (files by which a folder is recognised, what it is); a module is imported when needed
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+    "peft": (
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        "PEFT folder: adapter_config.json + adapter_model.safetensors (.bin: read only)",
+    ),
+    "mlx": (
+        ("adapters.safetensors", "adapters.npz"),
+        "MLX folder: adapter_config.json + adapters.safetensors (.npz: read only)",
+    ),
+}
 
 
 def module_of(name: str) -> ModuleType:
     """The module of a format."""
-    return import_module(FORMATS[name][0])
+    return import_module(f"loraduct.formats.{name}")
 
 
 def detect(folder: Path) -> str | None:
     """The format of the adapter in a folder by its files' names, or None."""
-    found = [name for name in FORMATS if module_of(name).recognises(folder)]
+    found = [
+        name
+        for name, (files, _) in FORMATS.items()
+        if any((folder / f).exists() or (folder / f).is_symlink() for f in files)
+    ]
     if len(found) > 1:
         raise Refused(folder, f"holds weights of several formats ({', '.join(found)}); keep one")
     return found[0] if found else None
@@ -63,7 +73,8 @@ def locate(path: Path, options: ReadOptions) -> tuple[Path, ReadOptions]:
         return next(iter(found.values())), options
     if found:
         raise Refused(
-            path, f"holds several adapters ({several(list(found), 8)}); name one folder, or use --adapter NAME"
+            path,
+            f"holds several adapters ({several(list(found), 8)}); name one folder, or use --adapter NAME",
         )
     return path, options
 
@@ -77,12 +88,14 @@ def read(path: Path, options: ReadOptions | None = None) -> Adapter:
     if name is None:
         if (folder / "adapter_config.json").exists():
             raise NotRecognised(
-                folder, "has an adapter_config.json but no weights beside it (adapter_model.safetensors"
+                folder,
+                "has an adapter_config.json but no weights beside it (adapter_model.safetensors"
                 " or adapters.safetensors)",
-            )  # fmt: skip
+            )
         hint = (
-            "is a base model, not an adapter" if (folder / "config.json").exists()
+            "is a base model, not an adapter"
+            if (folder / "config.json").exists()
             else "holds no adapter that loraduct reads (PEFT or MLX folder)"
-        )  # fmt: skip
+        )
         raise NotRecognised(folder, hint)
     return module_of(name).read(folder, options)  # type: ignore[no-any-return]

@@ -21,11 +21,15 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _KIN_TENSORS, _KIN_VALUES = 8, 32
 # How quantised bases are named on model hubs; adapter files have no field for it.
 _QUANTIZED_NAMES = (
-    (r"bnb-4bit|nf4", "4-bit bitsandbytes"), (r"bnb-8bit", "8-bit bitsandbytes"),
-    (r"gptq", "GPTQ"), (r"awq", "AWQ"), (r"(?<!\d)fp8(?!\d)", "FP8"),
-    (r"[-_]4[-_]?bit|int4|[-_]q4", "4-bit"), (r"[-_]8[-_]?bit|int8|[-_]q8", "8-bit"),
+    (r"bnb-4bit|nf4", "4-bit bitsandbytes"),
+    (r"bnb-8bit", "8-bit bitsandbytes"),
+    (r"gptq", "GPTQ"),
+    (r"awq", "AWQ"),
+    (r"(?<!\d)fp8(?!\d)", "FP8"),
+    (r"[-_]4[-_]?bit|int4|[-_]q4", "4-bit"),
+    (r"[-_]8[-_]?bit|int8|[-_]q8", "8-bit"),
     (r"[-_]([2356])[-_]?bit", "low-bit"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Base:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(v, str) for v in weight_map.values()
+            ):
                 raise Refused(index, "weight_map must map tensor names to file names")
             names = sorted(set(weight_map.values()))
             if any(Path(n).name != n for n in names):
@@ -115,13 +121,19 @@ class Base:
         import numpy as np
 
         names = sorted(
-            n for n, t in self.tensors.items()
-            if n.endswith(".weight") and len(t.shape) == 2 and block_of(n)
-            and t.stored_dtype in FLOATS and t.shape[1] >= _KIN_VALUES
-        )  # fmt: skip
+            n
+            for n, t in self.tensors.items()
+            if n.endswith(".weight")
+            and len(t.shape) == 2
+            and block_of(n)
+            and t.stored_dtype in FLOATS
+            and t.shape[1] >= _KIN_VALUES
+        )
         if not names:
             return None
-        chosen = [names[i * len(names) // _KIN_TENSORS] for i in range(min(_KIN_TENSORS, len(names)))]
+        chosen = [
+            names[i * len(names) // _KIN_TENSORS] for i in range(min(_KIN_TENSORS, len(names)))
+        ]
         rows = []
         for name in chosen:
             tensor = self.tensors[name]
@@ -155,23 +167,25 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
     for module, u in adapter.low_rank.items():
         shape, wanted = base.shape_of(module), (u.b.shape[0], u.a.shape[1])
         if shape is not None and shape != wanted:
-            found.append(Refused(
-                adapter.weights, f"updates a weight of shape {list(wanted)}, the base {base.path} has"
-                f" {list(shape)}: made for another base", tensor=u.a.name,
-            ))  # fmt: skip
+            found.append(
+                Refused(
+                    adapter.weights,
+                    f"updates a weight of shape {list(wanted)}, the base {base.path} has"
+                    f" {list(shape)}: made for another base",
+                    tensor=u.a.name,
+                )
+            )
     if adapter.base.kin and base.kin:
         alike = correlation(adapter.base.kin, base.kin)
         if alike is not None and alike < 0.99:
-            found.append(Refused(
-                base.path, "is not the base this adapter was converted with before (sampled weights"
-                f" correlate {alike:.3f}, expected over 0.99)",
-            ))  # fmt: skip
+            found.append(
+                Refused(
+                    base.path,
+                    "is not the base this adapter was converted with before (sampled weights"
+                    f" correlate {alike:.3f}, expected over 0.99)",
+                )
+            )
     return found
-
-
-def recognises(folder: Path) -> bool:
-    """Whether a folder is a base model."""
-    return (folder / "config.json").is_file()
 
 
 def read(path: Path) -> Base:

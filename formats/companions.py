@@ -6,14 +6,30 @@ from pathlib import Path
 
 # Exact names, or beginnings of names. Training state and pickles are never opened or carried.
 NAMES = (
-    "README.md", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _BEGINNINGS = ("LICENSE", "LICENCE", "NOTICE")
 # Ours or the training's: known, left behind, and no reason to refuse --force.
-LEFT_BEHIND = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-               "trainer_state.json", ".gitattributes")  # fmt: skip
+LEFT_BEHIND = (
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    ".gitattributes",
+)
 LIMIT = 256 << 20
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.errors import Refused
 from loraduct.files import file_chunks, staged_folder, write_file
-from loraduct.formats import companions, mlx, peft
+from loraduct.formats import companions, mlx, mlx_writer, peft, peft_writer
 from loraduct.formats.json_file import dump
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor
 from loraduct.text import several
 
 WEIGHTS = {"peft": peft.WEIGHTS, "mlx": mlx.WEIGHTS}
-METADATA = {"peft": peft.METADATA, "mlx": mlx.METADATA}
+METADATA = {"peft": peft_writer.METADATA, "mlx": mlx_writer.METADATA}
 # what a folder may hold for --force to replace it
 _OURS = ("adapter_config.json", peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.OLD_WEIGHTS)
 
@@ -143,7 +143,9 @@ def model_card(
         how = f"rank {config.get('r')}, alpha {config.get('lora_alpha')}"
     else:
         parameters = config.get("lora_parameters") or {}
-        method = {"dora": "DoRA", "full": "Full fine-tune"}.get(str(config.get("fine_tune_type")), "LoRA")
+        method = {"dora": "DoRA", "full": "Full fine-tune"}.get(
+            str(config.get("fine_tune_type")), "LoRA"
+        )
         how = f"rank {parameters.get('rank')}, scale {parameters.get('scale')}"
     lines += [f"{method} adapter, {how}, converted from {source} by loraduct.", ""]
     return "\n".join(lines)

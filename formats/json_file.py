@@ -50,7 +50,9 @@ def parse_object(raw: bytes, path: Path, what: str = "file") -> dict[str, Any]:
             text, object_pairs_hook=unique, parse_constant=constant, parse_float=real
         )
     except json.JSONDecodeError as e:
-        raise Refused(path, f"{what} is not JSON: {e.msg} at line {e.lineno} column {e.colno}") from None
+        raise Refused(
+            path, f"{what} is not JSON: {e.msg} at line {e.lineno} column {e.colno}"
+        ) from None
     except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
         raise Refused(path, f"{what} is nested too deeply or holds absurd numbers") from None
     if not isinstance(value, dict):

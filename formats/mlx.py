@@ -9,33 +9,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from math import isclose
 from pathlib import Path
 from typing import Any
 
 from loraduct import origin
-from loraduct.account import Account
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
 from loraduct.formats import companions, mlx_keys
 from loraduct.formats.base import quantization_in_name
 from loraduct.formats.json_file import read_object
-from loraduct.formats.npz_file import read_npz
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.peft_config import MAX_RANK
-from loraduct.formats.safetensors_file import check_floats, ordered, read_header
+from loraduct.formats.safetensors_file import check_floats, read_header
 from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapters.npz"
 OLD_SCALE = 20.0  # the fixed scale of mlx-examples/lora, which wrote no config
 _LEAVES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
-
-
-def recognises(folder: Path) -> bool:
-    """Whether a folder looks like an MLX adapter by the names of its files."""
-    return any((folder / n).exists() or (folder / n).is_symlink() for n in (WEIGHTS, OLD_WEIGHTS))
 
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
@@ -53,23 +45,41 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     else:
         updates |= _low_rank(tensors, config, weights)
         notes += _selection_notes(config, list(updates), folder)
-        updates, record = origin.restore(updates, metadata)
+        if options.restore:
+            updates, record = origin.restore(updates, metadata)
     files, odd = companions.find(folder)
     notes += [Note("companion", text) for text in odd]
     base, base_notes = _base(config, metadata, options)
     return Adapter(
-        path=folder, weights=weights, format="mlx", method=method, updates=updates, config=config,
-        base=base, naming="mlx", metadata=metadata, origin=record, companions=files,
-        notes=tuple(notes + base_notes), layers=_layers(config, updates),
-    )  # fmt: skip
+        path=folder,
+        weights=weights,
+        format="mlx",
+        method=method,
+        updates=updates,
+        config=config,
+        base=base,
+        naming="mlx",
+        metadata=metadata,
+        origin=record,
+        companions=files,
+        notes=tuple(notes + base_notes),
+        layers=_layers(config, updates),
+    )
 
 
 def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     weights = options.weights or folder / WEIGHTS
     old = folder / OLD_WEIGHTS
-    if options.weights is None and not weights.exists() and not weights.is_symlink() and old.exists():
+    if (
+        options.weights is None
+        and not weights.exists()
+        and not weights.is_symlink()
+        and old.exists()
+    ):
         weights = old
     if weights.suffix == ".npz":
+        from loraduct.formats.npz_file import read_npz
+
         return weights, read_npz(weights), {}
     return weights, *read_header(weights)
 
@@ -81,32 +91,46 @@ def _config(
     file = folder / CONFIG
     if not file.exists() and not file.is_symlink() and weights.suffix == ".npz":
         scale = OLD_SCALE if options.scale is None else options.scale
-        ranks = Counter(t.shape[-1] for n, t in tensors.items() if n.endswith(".lora_a") and t.shape)
+        ranks = Counter(
+            t.shape[-1] for n, t in tensors.items() if n.endswith(".lora_a") and t.shape
+        )
         blocks = {b[1] for n in tensors if (b := block_of(n))}
         rank = ranks.most_common(1)[0][0] if ranks else 0
-        what = "given with --scale" if options.scale is not None else "the fixed scale of that time; another is given with --scale"
+        what = (
+            "given with --scale"
+            if options.scale is not None
+            else "the fixed scale of that time; another is given with --scale"
+        )
         config = {
-            "fine_tune_type": "lora", "num_layers": len(blocks),
+            "fine_tune_type": "lora",
+            "num_layers": len(blocks),
             "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0},
-        }  # fmt: skip
-        return config, [Note("old-npz", f"{OLD_WEIGHTS} without a config: scale {number(scale)} ({what})")]
+        }
+        return config, [
+            Note("old-npz", f"{OLD_WEIGHTS} without a config: scale {number(scale)} ({what})")
+        ]
     if options.scale is not None:
-        raise Refused(file, "has a scale of its own; --scale is for an old adapters.npz without a config")
+        raise Refused(
+            file, "has a scale of its own; --scale is for an old adapters.npz without a config"
+        )
     config = read_object(file)
-    return config, _check(config, file)
+    return config, check_config(config, file)
 
 
-def _check(config: dict[str, Any], file: Path) -> list[Note]:
+def check_config(config: dict[str, Any], file: Path) -> list[Note]:
     """Refuse what mlx-lm can't read, or reads as something else than it says."""
     notes = []
     method = config.get("fine_tune_type", "lora")
     if method not in ("lora", "dora", "full"):
         raise Refused(
-            file, f"fine_tune_type is {printable(repr(method), 60)}, expected lora, dora or full"
+            file,
+            f"fine_tune_type is {printable(repr(method), 60)}, expected lora, dora or full"
             " (mlx-lm would take it for lora in silence)",
-        )  # fmt: skip
+        )
     if "fine_tune_type" not in config:
-        notes.append(Note("no-fine-tune-type", "fine_tune_type is absent: mlx-lm takes it for lora"))
+        notes.append(
+            Note("no-fine-tune-type", "fine_tune_type is absent: mlx-lm takes it for lora")
+        )
     if "peft_type" in config:
         raise Refused(file, "is a PEFT config beside MLX weights; mlx-lm can't load the folder")
     if method == "full":
@@ -116,21 +140,39 @@ def _check(config: dict[str, Any], file: Path) -> list[Note]:
         raise Refused(file, f"num_layers is {printable(repr(last), 60)}, expected an integer")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise Refused(file, f"lora_parameters is {printable(repr(parameters), 60)}, expected an object")
+        raise Refused(
+            file, f"lora_parameters is {printable(repr(parameters), 60)}, expected an object"
+        )
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if type(rank) is not int or not 0 < rank <= MAX_RANK:
-        raise Refused(file, f"lora_parameters.rank is {printable(repr(rank), 60)}, expected an integer from 1 to {MAX_RANK}")
+        raise Refused(
+            file,
+            f"lora_parameters.rank is {printable(repr(rank), 60)}, expected an integer from 1 to {MAX_RANK}",
+        )
     if scale is None and "alpha" in parameters:
-        raise Refused(file, "lora_parameters has alpha but no scale; mlx-lm wants scale, which is alpha / rank")
+        raise Refused(
+            file,
+            "lora_parameters has alpha but no scale; mlx-lm wants scale, which is alpha / rank",
+        )
     if not isinstance(scale, int | float) or isinstance(scale, bool) or abs(scale) >= 1e9:
-        raise Refused(file, f"lora_parameters.scale is {printable(repr(scale), 60)}, expected a number")
+        raise Refused(
+            file, f"lora_parameters.scale is {printable(repr(scale), 60)}, expected a number"
+        )
     if not isinstance(parameters.get("dropout", 0.0), int | float):
         raise Refused(file, "lora_parameters.dropout is not a number")
     keys = parameters.get("keys")
-    if keys is not None and (not isinstance(keys, list) or not all(isinstance(k, str) for k in keys)):
-        raise Refused(file, f"lora_parameters.keys is {printable(repr(keys), 60)}, expected a list of names")
+    if keys is not None and (
+        not isinstance(keys, list) or not all(isinstance(k, str) for k in keys)
+    ):
+        raise Refused(
+            file, f"lora_parameters.keys is {printable(repr(keys), 60)}, expected a list of names"
+        )
     if "alpha" in parameters:
-        notes.append(Note("alpha-ignored", "lora_parameters.alpha is ignored by mlx-lm: scale is what counts"))
+        notes.append(
+            Note(
+                "alpha-ignored", "lora_parameters.alpha is ignored by mlx-lm: scale is what counts"
+            )
+        )
     if last <= 0:
         notes.append(Note("all-layers", f"num_layers {last} means all layers in mlx-lm, not none"))
     return notes
@@ -149,35 +191,64 @@ def _low_rank(
         if leaf not in _LEAVES or not module:
             what = "; these are PEFT names" if ".lora_A" in name else ""
             raise Refused(
-                weights, f"is not a tensor of an MLX LoRA or DoRA adapter{what}; mlx-lm refuses it too",
+                weights,
+                f"is not a tensor of an MLX LoRA or DoRA adapter{what}; mlx-lm refuses it too",
                 tensor=name,
-            )  # fmt: skip
+            )
         if kind_of_module(module) == "embedding":
-            raise Refused(weights, "LoRA on an embedding, which this version doesn't carry", tensor=name)
+            raise Refused(
+                weights, "LoRA on an embedding, which this version doesn't carry", tensor=name
+            )
         if len(tensor.shape) != (1 if leaf == "m" else 2):
             raise Refused(
-                weights, f"shape {list(tensor.shape)}: experts (SwitchLinear) or another layout that this"
-                " version doesn't carry", tensor=name,
-            )  # fmt: skip
+                weights,
+                f"shape {list(tensor.shape)}: experts (SwitchLinear) or another layout that this"
+                " version doesn't carry",
+                tensor=name,
+            )
         parts.setdefault(module, {})[_LEAVES[leaf]] = tensor
     found = {}
     for module, part in parts.items():
         for leaf, name in (("lora_a", "a"), ("lora_b", "b")):
             if name not in part:
                 there = next(iter(part.values())).name
-                raise Refused(weights, f"has no {leaf} to go with it; mlx-lm would leave it without effect", tensor=there)
+                raise Refused(
+                    weights,
+                    f"has no {leaf} to go with it; mlx-lm would leave it without effect",
+                    tensor=there,
+                )
         a, b, magnitude = part["a"], part["b"], part.get("magnitude")
         if a.shape[1] != rank:
             turned = "; it looks like PEFT's orientation" if a.shape[0] == rank else ""
-            raise Refused(weights, f"shape {list(a.shape)}, expected (in, {rank}) by the config's rank{turned}", tensor=a.name)
+            raise Refused(
+                weights,
+                f"shape {list(a.shape)}, expected (in, {rank}) by the config's rank{turned}",
+                tensor=a.name,
+            )
         if b.shape[0] != rank:
-            raise Refused(weights, f"shape {list(b.shape)}, expected ({rank}, out) by the config's rank", tensor=b.name)
+            raise Refused(
+                weights,
+                f"shape {list(b.shape)}, expected ({rank}, out) by the config's rank",
+                tensor=b.name,
+            )
         if dora and magnitude is None:
-            raise Refused(weights, "has no DoRA magnitude m; mlx-lm would compute one from the base in silence", tensor=a.name)
+            raise Refused(
+                weights,
+                "has no DoRA magnitude m; mlx-lm would compute one from the base in silence",
+                tensor=a.name,
+            )
         if magnitude is not None and not dora:
-            raise Refused(weights, "is a DoRA magnitude, but fine_tune_type is not dora; mlx-lm refuses it too", tensor=magnitude.name)
+            raise Refused(
+                weights,
+                "is a DoRA magnitude, but fine_tune_type is not dora; mlx-lm refuses it too",
+                tensor=magnitude.name,
+            )
         if magnitude is not None and magnitude.shape != (b.shape[1],):
-            raise Refused(weights, f"shape {list(magnitude.shape)}, expected [{b.shape[1]}]", tensor=magnitude.name)
+            raise Refused(
+                weights,
+                f"shape {list(magnitude.shape)}, expected [{b.shape[1]}]",
+                tensor=magnitude.name,
+            )
         found[module] = LowRank(a.T, b.T, scale, magnitude)
     return found
 
@@ -193,21 +264,34 @@ def _selection_notes(config: Mapping[str, Any], modules: list[str], folder: Path
         for module, chosen in mlx_keys.selects(config, modules, None).items():
             if not chosen:
                 raise Refused(
-                    folder / CONFIG, "lora_parameters.keys do not select it, so mlx-lm can't load its"
-                    " tensors (a key is a path within the block, or a full path)", tensor=module,
-                )  # fmt: skip
+                    folder / CONFIG,
+                    "lora_parameters.keys do not select it, so mlx-lm can't load its"
+                    " tensors (a key is a path within the block, or a full path)",
+                    tensor=module,
+                )
         relative = {b[2] for m in modules if (b := block_of(m))}
         idle = [k for k in keys if k not in relative and k not in modules]
         if idle:
-            notes.append(Note("keys-without-tensors", f"keys name {several(idle)} but the file has no tensors for it: it has no effect"))
+            notes.append(
+                Note(
+                    "keys-without-tensors",
+                    f"keys name {several(idle)} but the file has no tensors for it: it has no effect",
+                )
+            )
     within = {b[1] for m in modules if (b := block_of(m)) and m not in (keys or ())}
     if within and 0 < last < len(within):
         raise Refused(
-            folder / CONFIG, f"num_layers is {last}, but the file adapts {len(within)} layers"
+            folder / CONFIG,
+            f"num_layers is {last}, but the file adapts {len(within)} layers"
             f" ({ranges(within)}); mlx-lm refuses it",
-        )  # fmt: skip
+        )
     if within and sorted(within) != list(range(min(within), max(within) + 1)):
-        notes.append(Note("missing-modules", f"adapts layers {ranges(within)} only: the layers between have no tensors and stay as the base"))
+        notes.append(
+            Note(
+                "missing-modules",
+                f"adapts layers {ranges(within)} only: the layers between have no tensors and stay as the base",
+            )
+        )
     return notes
 
 
@@ -232,88 +316,3 @@ def _base(
     quantization = None if trained == "none" else trained or quantization_in_name(name or "")
     known = trained is not None or quantization is not None
     return BaseRef(name, None, quantization, known, written.get("kin")), []
-
-
-def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account]:
-    """Tensors by file name, config and account of ``adapter`` as an MLX folder; reads no values.
-
-    The adapter must be uniform (one rank, one scale) and have mlx-lm's names; see
-    :mod:`loraduct.converters.convert`.
-    """
-    account = Account()
-    if adapter.method == "full":
-        tensors = {n: r.weight for n, r in adapter.replacements.items()}
-        for name, tensor in tensors.items():
-            account.carry(name, tensor)
-        return ordered(tensors), dict(adapter.config), account
-    check_expressible(adapter)
-    tensors = {}
-    for module, u in adapter.low_rank.items():
-        parts = {"lora_a": u.a.T, "lora_b": u.b.T, "m": u.magnitude}
-        for leaf, tensor in parts.items():
-            if tensor is not None:
-                tensors[f"{module}.{leaf}"] = tensor
-                account.carry(f"{module}.{leaf}", tensor)
-    config, account.fields = _config_for(adapter)
-    return ordered(tensors), config, account
-
-
-def check_expressible(adapter: Adapter) -> None:
-    """Refuse by name what the MLX format has no place for."""
-    out = "; fuse it into the base, or leave it out with --exclude"
-    for name, replacement in adapter.replacements.items():
-        raise Refused(
-            adapter.weights,
-            f"{name} is a replaced parameter ({replacement.origin}), which an MLX LoRA adapter can't hold{out}",
-            tensor=replacement.weight.name,
-        )
-    if not adapter.low_rank:
-        raise Refused(adapter.path, "no low-rank update is left to write")
-    for u in adapter.low_rank.values():
-        if u.bias is not None:
-            raise Refused(adapter.weights, f"lora_bias, which an MLX adapter can't hold{out}", tensor=u.bias.name)
-
-
-def _config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
-    """A config that selects exactly the adapter's modules; an earlier MLX config is kept whole."""
-    updates = adapter.low_rank
-    update = next(iter(updates.values()))
-    assert all((u.rank, u.scale) == (update.rank, update.scale) for u in updates.values())
-    past = [adapter.config] if adapter.format == "mlx" else []
-    for record in (adapter.origin, (adapter.origin or {}).get("before")):
-        if record and record["format"] == "mlx":
-            past.append(record["config"])
-    for config in past:
-        if _describes(config, adapter, update):
-            return dict(config), {"config": "kept as it was"}
-    keys, last, relative = mlx_keys.keys_for(list(updates), adapter.layers)
-    dropout = adapter.config.get("lora_dropout", 0.0) if adapter.format == "peft" else 0.0
-    config = {
-        "fine_tune_type": adapter.method,
-        "num_layers": last,
-        "lora_parameters": {"rank": update.rank, "scale": update.scale, "dropout": dropout, "keys": keys},
-    }
-    if adapter.base.name:
-        config["model"] = adapter.base.name
-    how = (
-        f"{len(keys)} relative to the last {last} blocks (mlx-swift reads them too)" if relative
-        else f"{len(keys)} full paths (mlx-lm in Python reads them; mlx-swift does not)"
-    )  # fmt: skip
-    return config, {"rank": str(update.rank), "scale": number(update.scale), "keys": how}
-
-
-def _describes(config: Mapping[str, Any], adapter: Adapter, update: LowRank) -> bool:
-    try:
-        _check(dict(config), adapter.path / CONFIG)
-    except Refused:
-        return False
-    if config.get("fine_tune_type", "lora") != adapter.method:
-        return False
-    parameters = config["lora_parameters"]
-    if parameters["rank"] != update.rank or not isclose(parameters["scale"], update.scale, rel_tol=1e-12):
-        return False
-    chosen = mlx_keys.selects(config, adapter.low_rank, adapter.layers)
-    return all(chosen.values())
-
-
-METADATA = {"format": "mlx"}

@@ -16,7 +16,17 @@ _QV = ("self_attn.q_proj", "self_attn.v_proj")
 # mlx-lm up to 2025-09-30, tuner/utils.py:linear_to_lora_layers, by model_type
 OLD_DEFAULTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("mistral", "llama", "phi", "stablelm", "qwen2", "gemma", "starcoder2", "cohere", "minicpm"),
+        (
+            "mistral",
+            "llama",
+            "phi",
+            "stablelm",
+            "qwen2",
+            "gemma",
+            "starcoder2",
+            "cohere",
+            "minicpm",
+        ),
         _QV,
     ),
     "mixtral": (*_QV, "block_sparse_moe.gate"),
@@ -32,7 +42,9 @@ OLD_DEFAULTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def selects(config: Mapping[str, Any], modules: Iterable[str], n_layers: int | None) -> dict[str, bool]:
+def selects(
+    config: Mapping[str, Any], modules: Iterable[str], n_layers: int | None
+) -> dict[str, bool]:
     """For each module whether the config selects it. Without ``n_layers`` the last blocks can't be
     told, and a relative key is taken to apply."""
     keys = config["lora_parameters"].get("keys")

@@ -36,10 +36,21 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                     array = np.lib.format.read_array(stream, allow_pickle=False)
                 dtype = _DTYPES.get(array.dtype.name)
                 if dtype is None:
-                    raise Refused(path, f"dtype {array.dtype}, expected float32 or float16", tensor=name)
+                    raise Refused(
+                        path, f"dtype {array.dtype}, expected float32 or float16", tensor=name
+                    )
                 raw = np.ascontiguousarray(array)
                 data = raw.view(np.uint16) if dtype == "F16" else raw
                 found[name] = Tensor(name, dtype, array.shape, data=data, path=path)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-        raise Refused(path, f"is not an .npz archive of plain arrays: {printable(str(e), 160)}") from None
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+    ) as e:
+        raise Refused(
+            path, f"is not an .npz archive of plain arrays: {printable(str(e), 160)}"
+        ) from None
     return found

@@ -12,7 +12,8 @@ class ReadOptions:
 
     ``scale``: of an old MLX ``adapters.npz`` that has no config. ``trained_on``: the precision of
     the base in training ("nf4", "none"). ``adapter``: which of several adapters. ``weights``: a
-    checkpoint file to read instead of the folder's usual one.
+    checkpoint file to read instead of the folder's usual one. ``restore``: undo an earlier
+    conversion's padding and folding by its record; a proof must not, it takes the file as it is.
     """
 
     scale: float | None = None
@@ -20,3 +21,4 @@ class ReadOptions:
     allow_pickle: bool = False
     adapter: str | None = None
     weights: Path | None = None
+    restore: bool = True

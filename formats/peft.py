@@ -10,42 +10,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from math import isclose
 from pathlib import Path
 from typing import Any
 
 from loraduct import origin
-from loraduct.account import Account
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
-from loraduct.formats import companions, peft_config, pickled
+from loraduct.formats import companions, peft_config
 from loraduct.formats.base import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
-from loraduct.formats.safetensors_file import check_floats, ordered, read_header
+from loraduct.formats.peft_notes import CONFIG, notes_on
+from loraduct.formats.safetensors_file import check_floats, read_header
 from loraduct.tensor import Tensor
-from loraduct.text import printable, ranges, several
+from loraduct.text import printable, several
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _MARKS = ("lora_A", "lora_B", "lora_magnitude_vector")
 # Marks of other methods inside a key, to refuse them by name.
 _OTHER_MARKS = {
-    "lora_embedding_A": "LoRA on an embedding", "lora_embedding_B": "LoRA on an embedding",
-    "lora_E": "AdaLoRA", "lora_diag": "KaSA", "token_adapter": "trainable tokens",
-    "hada_w1_a": "LoHa", "hada_w1_b": "LoHa", "hada_w2_a": "LoHa", "hada_w2_b": "LoHa",
-    "lokr_w1": "LoKr", "lokr_w2": "LoKr", "lokr_w1_a": "LoKr", "lokr_w2_a": "LoKr",
-    "vera_lambda_b": "VeRA", "vera_lambda_d": "VeRA", "vera_A": "VeRA", "vera_B": "VeRA",
-    "ia3_l": "IA3", "oft_R": "OFT", "oft_r": "OFT", "boft_R": "BOFT", "hra_u": "HRA",
-    "fourierft_spectrum": "FourierFT", "prompt_embeddings": "prompt tuning",
-}  # fmt: skip
-
-
-def recognises(folder: Path) -> bool:
-    """Whether a folder looks like a PEFT adapter by the names of its files."""
-    return any((folder / n).exists() or (folder / n).is_symlink() for n in (WEIGHTS, PICKLE))
+    "lora_embedding_A": "LoRA on an embedding",
+    "lora_embedding_B": "LoRA on an embedding",
+    "lora_E": "AdaLoRA",
+    "lora_diag": "KaSA",
+    "token_adapter": "trainable tokens",
+    "hada_w1_a": "LoHa",
+    "hada_w1_b": "LoHa",
+    "hada_w2_a": "LoHa",
+    "hada_w2_b": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w2": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "lokr_w2_a": "LoKr",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "vera_A": "VeRA",
+    "vera_B": "VeRA",
+    "ia3_l": "IA3",
+    "oft_R": "OFT",
+    "oft_r": "OFT",
+    "boft_R": "BOFT",
+    "hra_u": "HRA",
+    "fourierft_spectrum": "FourierFT",
+    "prompt_embeddings": "prompt tuning",
+}
 
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
@@ -60,17 +70,28 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
         raise Refused(weights, "holds no tensors; an adapter without weights does nothing")
     updates: dict[str, Update] = dict(_low_rank(parts, config, config_file, weights))
     updates |= _replacements(plain, parts, config, weights)
-    updates, record = origin.restore(updates, metadata)
+    record = None
+    if options.restore:
+        updates, record = origin.restore(updates, metadata)
     files, odd = companions.find(folder)
     notes = [Note("companion", text) for text in odd]
-    notes += _notes(config, updates, unknown, config_file)
+    notes += notes_on(config, updates, unknown, config_file)
     base, base_notes = _base(config, metadata, options)
     return Adapter(
-        path=folder, weights=weights, format="peft",
+        path=folder,
+        weights=weights,
+        format="peft",
         method="dora" if config.get("use_dora") else "lora",
-        updates=updates, config=config, base=base, naming="hf", metadata=metadata, origin=record,
-        companions=files, notes=tuple(notes + base_notes), layers=_layers(config, updates),
-    )  # fmt: skip
+        updates=updates,
+        config=config,
+        base=base,
+        naming="hf",
+        metadata=metadata,
+        origin=record,
+        companions=files,
+        notes=tuple(notes + base_notes),
+        layers=_layers(config, updates),
+    )
 
 
 def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
@@ -84,6 +105,8 @@ def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor
             "is a pickle, which can run code when opened; save it as safetensors, or read it with"
             " --allow-pickle (in a child process, weights only)",
         )
+    from loraduct.formats import pickled
+
     return pickle, pickled.read(pickle), {}
 
 
@@ -107,7 +130,9 @@ def _sorted_by_module(
         words = key[len(PREFIX) :].split(".")
         other = next((w for w in words if w in _OTHER_MARKS), None)
         if other:
-            raise Refused(file, f"is of {_OTHER_MARKS[other]}, which this version doesn't carry", tensor=key)
+            raise Refused(
+                file, f"is of {_OTHER_MARKS[other]}, which this version doesn't carry", tensor=key
+            )
         mark = next((i for i, w in enumerate(words) if w in _MARKS), None)
         if mark is None:
             plain[key] = tensor
@@ -122,7 +147,9 @@ def _sorted_by_module(
         slot = parts.setdefault(module, {})
         if part in slot:
             raise Refused(
-                file, f"is there twice, also as {printable(slot[part].name)}; PEFT takes either", tensor=key
+                file,
+                f"is there twice, also as {printable(slot[part].name)}; PEFT takes either",
+                tensor=key,
             )
         slot[part] = tensor
     named = [n for n in names if n]
@@ -156,7 +183,9 @@ def _low_rank(
     """The low-rank updates, their shapes checked against each other and the config."""
     modules = list(parts)
     scales = peft_config.scales(config, modules, config_file)
-    for module, wanted in zip(modules, peft_config.targeted(config, modules, config_file), strict=True):
+    for module, wanted in zip(
+        modules, peft_config.targeted(config, modules, config_file), strict=True
+    ):
         if not wanted:
             raise Refused(
                 weights,
@@ -168,8 +197,10 @@ def _low_rank(
     for module, part in parts.items():
         for name, mark in (("a", "lora_A"), ("b", "lora_B")):
             if name not in part:
-                there = next(iter(part.values())).name
-                raise Refused(weights, f"has no {mark} to go with it; the adapter is incomplete", tensor=there)
+                other = next(iter(part.values())).name
+                raise Refused(
+                    weights, f"has no {mark} to go with it; the adapter is incomplete", tensor=other
+                )
         rank, scale = scales[module]
         a, b, magnitude, bias = part["a"], part["b"], part.get("magnitude"), part.get("bias")
         if len(a.shape) != 2 or len(b.shape) != 2:
@@ -180,7 +211,9 @@ def _low_rank(
             )
         if a.shape[0] != rank:
             raise Refused(
-                weights, f"rank {a.shape[0]} (shape {list(a.shape)}), the config says {rank}", tensor=a.name
+                weights,
+                f"rank {a.shape[0]} (shape {list(a.shape)}), the config says {rank}",
+                tensor=a.name,
             )
         _expect(b.shape[1] == rank, weights, b, f"(out, {rank})")
         dora = bool(config.get("use_dora"))
@@ -188,17 +221,19 @@ def _low_rank(
             there = magnitude or a
             what = (
                 "use_dora is true in the config but this module has no lora_magnitude_vector"
-                if dora else "a DoRA magnitude, but use_dora is not set: PEFT would drop it in silence"
-            )  # fmt: skip
+                if dora
+                else "a DoRA magnitude, but use_dora is not set: PEFT would drop it in silence"
+            )
             raise Refused(weights, what, tensor=there.name)
         if magnitude is not None:
             _expect(magnitude.shape == (b.shape[0],), weights, magnitude, f"[{b.shape[0]}]")
         if bool(config.get("lora_bias")) != (bias is not None):
             there = bias or b
             raise Refused(
-                weights, f"lora_bias is {bool(config.get('lora_bias'))} in the config, which does not fit",
+                weights,
+                f"lora_bias is {bool(config.get('lora_bias'))} in the config, which does not fit",
                 tensor=there.name,
-            )  # fmt: skip
+            )
         if bias is not None:
             _expect(bias.shape == (b.shape[0],), weights, bias, f"[{b.shape[0]}]")
         found[module] = LowRank(a, b, scale, magnitude, bias)
@@ -227,10 +262,11 @@ def _replacements(
             words = words[:at] + words[-1:]
         module, _, leaf = ".".join(words).rpartition(".")
         target = module.removesuffix(".base_layer")
-        if leaf == "bias" and bias != "none" and (target in parts) == (module != target):
-            if bias == "all" or target in parts:
-                found[f"{target}.bias"] = Replacement(tensor, "bias")
-                continue
+        inside = module != target  # PEFT moves the bias of an adapted module into base_layer
+        allowed = bias == "all" or (bias == "lora_only" and inside)
+        if leaf == "bias" and allowed and inside == (target in parts):
+            found[f"{target}.bias"] = Replacement(tensor, "bias")
+            continue
         # PEFT matches by the end of the path, without a dot: "norm" also saves input_layernorm
         if module == target and any(module.endswith(s) or f".{s}." in f".{module}." for s in saved):
             name = f"{module}.{leaf}"
@@ -249,54 +285,18 @@ def _replacements(
     return found
 
 
-def _notes(
-    config: Mapping[str, Any], updates: Mapping[str, Update], unknown: list[str], file: Path
-) -> list[Note]:
-    """Traps that don't make the adapter wrong but surprise people."""
-    notes = []
-    modules = [m for m, u in updates.items() if isinstance(u, LowRank)]
-    if unknown:
-        notes.append(Note("unknown-field", f"{CONFIG}: unknown field {several(unknown)}: PEFT ignores it, and so does loraduct"))
-    if unused := peft_config.unused_patterns(config, modules, file):
-        notes.append(Note("unused-pattern", f"{several(unused)} matches no module and has no effect (write it without {PREFIX!r}, as a full name or suffix)"))
-    targets = config.get("target_modules")
-    if isinstance(targets, list) and config.get("layers_to_transform") in (None, []):
-        absent = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in modules)]
-        if absent and modules:
-            notes.append(Note("target-without-tensors", f"target_modules names {several(absent)} but the file has no tensors for it: PEFT only warns, and it has no effect"))
-        gaps = _gaps(modules)
-        if gaps:
-            notes.append(Note("missing-modules", f"layers without {several(gaps)}: where the base has it, PEFT only warns and it has no effect"))
-    if config.get("rank_pattern") and not config.get("alpha_pattern") and any(
-        isinstance(u, LowRank) and u.rank != config["r"] for u in updates.values()
-    ):
-        notes.append(Note("scale-moved-by-rank", "rank_pattern without alpha_pattern also changes the scale: alpha stays, the rank it is divided by does not"))
-    return notes
-
-
 def _layers(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | None:
     """Number of blocks of the base, when the config implies it: names that match in every block."""
     targets = config.get("target_modules")
-    everywhere = isinstance(targets, list) and config.get("layers_to_transform") in (None, [])
-    if not everywhere or config.get("exclude_modules"):
+    if not isinstance(targets, list) or config.get("exclude_modules"):
+        return None
+    if config.get("layers_to_transform") not in (None, []):
         return None
     # attention is in every block; a feed-forward may be in some only (dense layers before experts)
     modules = [m for m in updates if kind_of_module(m).startswith("attention")]
     blocks = [b for m in modules if (b := block_of(m))]
     suffixes = all(any(b[2] == t or b[2].endswith(f".{t}") for t in targets) for b in blocks)
     return max(b[1] for b in blocks) + 1 if blocks and suffixes else None
-
-
-def _gaps(modules: list[str]) -> list[str]:
-    """Kinds of module that some layers have and others lack."""
-    layers: dict[str, set[int]] = {}
-    for module in modules:
-        if block := block_of(module):
-            layers.setdefault(f"{block[0]}.*.{block[2]}", set()).add(block[1])
-    everywhere = set().union(*layers.values()) if layers else set()
-    return [
-        f"{name} ({ranges(everywhere - found)})" for name, found in layers.items() if found != everywhere
-    ]
 
 
 def _base(
@@ -313,144 +313,10 @@ def _base(
     ref = BaseRef(name, config.get("revision"), quantization, known, written.get("kin"))
     if known:
         return ref, []
-    return ref, [Note("base-precision-unknown", "the file does not say whether the base was quantised in training (QLoRA); say so with --trained-on, e.g. --trained-on nf4 or none")]
-
-
-def config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
-    """A config that describes ``adapter`` exactly, and what became of its fields.
-
-    The adapter's own PEFT config, or the one it had before a conversion, is kept whole when it
-    still describes the updates; otherwise one is written from them.
-    """
-    past = [adapter.config] if adapter.format == "peft" else []
-    for record in (adapter.origin, (adapter.origin or {}).get("before")):
-        if record and record["format"] == "peft":
-            past.append(record["config"])
-    for config in past:
-        if _describes(config, adapter):
-            return dict(config), {"config": "kept as it was"}
-    return _fresh(adapter, past[0] if past else {})
-
-
-def _describes(config: Mapping[str, Any], adapter: Adapter) -> bool:
-    updates, file = adapter.low_rank, adapter.path / CONFIG
-    modules = list(updates)
-    try:
-        peft_config.check(config, file)
-        scales = peft_config.scales(config, modules, file)
-        wanted = peft_config.targeted(config, modules, file)
-    except Refused:
-        return False
-    return (
-        all(wanted)
-        and all(
-            scales[m][0] == u.rank and isclose(scales[m][1], u.scale, rel_tol=1e-12)
-            for m, u in updates.items()
+    return ref, [
+        Note(
+            "base-precision-unknown",
+            "the file does not say whether the base was quantised in training (QLoRA); say so with"
+            " --trained-on, e.g. --trained-on nf4 or none",
         )
-        and bool(config.get("use_dora")) == (adapter.method == "dora")
-        and bool(config.get("lora_bias")) == any(u.bias is not None for u in updates.values())
-        and (not adapter.replacements or config.get("modules_to_save")
-             or config.get("bias", "none") != "none")
-    )
-
-
-def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A config from the updates alone; training fields of ``past`` are kept."""
-    updates = adapter.low_rank
-    pairs = Counter((u.rank, u.scale) for u in updates.values())
-    (rank, scale), _ = pairs.most_common(1)[0]
-    odd = {m: u for m, u in updates.items() if (u.rank, u.scale) != (rank, scale)}
-    config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": None,
-        "base_model_name_or_path": adapter.base.name, "revision": adapter.base.revision,
-        "inference_mode": True, "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none",
-        "modules_to_save": None, "layers_pattern": None, "init_lora_weights": True,
-    }  # fmt: skip
-    config |= {k: past[k] for k in config if k in past} | {
-        "r": rank, "lora_alpha": _alpha(rank, scale), "use_rslora": False,
-        "use_dora": adapter.method == "dora",
-        "lora_bias": any(u.bias is not None for u in updates.values()),
-        "rank_pattern": {m: u.rank for m, u in odd.items() if u.rank != rank},
-        "alpha_pattern": {m: _alpha(u.rank, u.scale) for m, u in odd.items()
-                          if _alpha(u.rank, u.scale) != _alpha(rank, scale)},
-    }  # fmt: skip
-    targets = targets_of(list(updates), adapter.layers)
-    config |= targets
-    if past.get("target_modules") is not None and not targets["layers_to_transform"]:
-        kept = {k: past.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform")}
-        if all(peft_config.targeted(kept, list(updates), adapter.path)):
-            config |= kept
-    fields = {
-        "r": str(rank),
-        "lora_alpha": f"{config['lora_alpha']} (scale {scale:.6g})",
-        "target_modules": several(config["target_modules"], 8) if isinstance(
-            config["target_modules"], list) else str(config["target_modules"]),
-    }  # fmt: skip
-    if odd:
-        fields["rank_pattern, alpha_pattern"] = f"{len(odd)} of {len(updates)} modules"
-    return config, fields
-
-
-def _alpha(rank: int, scale: float) -> int | float:
-    """lora_alpha such that PEFT's alpha / rank gives the scale back."""
-    alpha = scale * rank
-    return int(alpha) if alpha == int(alpha) and int(alpha) / rank == scale else alpha
-
-
-def targets_of(modules: list[str], n_layers: int | None) -> dict[str, Any]:
-    """target_modules and layers_to_transform that select exactly ``modules``."""
-    blocks = [block_of(m) for m in modules]
-    if all(blocks) and len({b[0] for b in blocks if b}) == 1:
-        layers = sorted({b[1] for b in blocks if b})
-        relative = sorted({b[2] for b in blocks if b})
-        if len(layers) * len(relative) == len(modules):
-            leaves = [r.rsplit(".", 1)[-1] for r in relative]
-            names = leaves if len(set(leaves)) == len(leaves) else relative
-            every = n_layers is not None and layers == list(range(n_layers))
-            return {"target_modules": sorted(names), "layers_to_transform": None if every else layers}
-    return {"target_modules": sorted(modules), "layers_to_transform": None}
-
-
-def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account]:
-    """Tensors by file name, config and account of ``adapter`` as a PEFT folder; reads no values."""
-    if adapter.method == "full":
-        raise Refused(
-            adapter.path,
-            "is a full fine-tune, not an adapter: it has no low-rank form to write for PEFT",
-        )
-    if not adapter.low_rank:
-        raise Refused(adapter.path, "no low-rank update is left; PEFT needs at least one")
-    account = Account()
-    tensors: dict[str, Tensor] = {}
-
-    def put(name: str, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            tensors[name] = tensor
-            account.carry(name, tensor)
-
-    for module, u in adapter.low_rank.items():
-        put(f"{PREFIX}{module}.lora_A.weight", u.a)
-        put(f"{PREFIX}{module}.lora_B.weight", u.b)
-        put(f"{PREFIX}{module}.lora_magnitude_vector", u.magnitude)
-        put(f"{PREFIX}{module}.lora_B.bias", u.bias)
-    targeted = adapter.low_rank
-    for name, replacement in adapter.replacements.items():
-        module, _, leaf = name.rpartition(".")
-        inner = ".base_layer" if replacement.origin == "bias" and module in targeted else ""
-        put(f"{PREFIX}{module}{inner}.{leaf}", replacement.weight)
-    config, account.fields = config_for(adapter)
-    return ordered(tensors), config, account
-
-
-def uniform_config(adapter: Adapter) -> Adapter:
-    """The adapter's config rewritten for one rank and one alpha without patterns or rsLoRA."""
-    update = next(iter(adapter.low_rank.values()))
-    config = dict(adapter.config) if adapter.format == "peft" else config_for(adapter)[0]
-    config |= {
-        "r": update.rank, "lora_alpha": _alpha(update.rank, update.scale), "use_rslora": False,
-        "rank_pattern": {}, "alpha_pattern": {},
-    }  # fmt: skip
-    return replace(adapter, config=config, format="peft", origin=None)
-
-
-METADATA = {"format": "pt"}
+    ]

@@ -18,12 +18,13 @@ from loraduct.patterns import first_matches
 from loraduct.text import printable
 
 # peft 0.21.2, utils/peft_types.py
-KINDS = frozenset("""
+_KINDS = """
     PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT
     ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT GLORA
-    XLORA HRA VBLORA UNILORA CPT MISS BONE RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT OSF
-    DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
-""".split())
+    XLORA HRA VBLORA UNILORA CPT MISS BONE RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A WAVEFT
+    OSF DELORA GRALORA CARTRIDGE TINYLORA PSOFT PEANUT SHADOW SUPERTUNING DEFT
+"""
+KINDS = frozenset(_KINDS.split())
 
 # Fields that turn plain-looking LoRA tensors into something else, and its name.
 _OTHER_METHODS = {
@@ -42,13 +43,42 @@ _OTHER_METHODS = {
 # Initialisations that move the base weight; the file alone is relative to the moved base.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_NUMBERS = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias",
-            "bias", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "init_lora_weights"}  # fmt: skip
-_HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-             "auto_mapping", "peft_version", "lora_dropout", "fan_in_fan_out", "megatron_core",
-             "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-             "runtime_config", "ensure_weight_tying", "use_dora_fast"}  # fmt: skip
+_NUMBERS = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+}
+_HARMLESS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+    "use_dora_fast",
+}
 KNOWN = _NUMBERS | _HARMLESS | set(_OTHER_METHODS)
 MAX_RANK = 1 << 16
 
@@ -80,12 +110,20 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "bias": (lambda v: v in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "rank_pattern": (
         lambda v: isinstance(v, dict) and all(_is_rank(x) for x in v.values()),
-        "an object of patterns and positive integers"),
+        "an object of patterns and positive integers",
+    ),
     "alpha_pattern": (
         lambda v: isinstance(v, dict) and all(_is_number(x) for x in v.values()),
-        "an object of patterns and numbers"),
-    "target_modules": (lambda v: isinstance(v, str) or _is_texts(v), "a list of names or one pattern"),
-    "exclude_modules": (lambda v: isinstance(v, str) or _is_texts(v), "a list of names or one pattern"),
+        "an object of patterns and numbers",
+    ),
+    "target_modules": (
+        lambda v: isinstance(v, str) or _is_texts(v),
+        "a list of names or one pattern",
+    ),
+    "exclude_modules": (
+        lambda v: isinstance(v, str) or _is_texts(v),
+        "a list of names or one pattern",
+    ),
     "modules_to_save": (_is_texts, "a list of names"),
     "layers_to_transform": (_is_layers, "an integer or a list of integers"),
     "layers_pattern": (lambda v: isinstance(v, str) or _is_texts(v), "a name or a list of names"),
@@ -94,7 +132,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "revision": (lambda v: isinstance(v, str), "a text"),
     "task_type": (lambda v: isinstance(v, str), "a text"),
     "lora_dropout": (_is_number, "a number"),
-}  # fmt: skip
+}
 _NULL_IS_WRONG = ("r", "lora_alpha")
 
 
@@ -104,10 +142,16 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
     if not isinstance(kind, str) or kind not in KINDS:
         raise Refused(file, f"peft_type is {printable(repr(kind), 60)}, which no PEFT method has")
     if kind != "LORA":
-        raise Refused(file, f"is a {kind} adapter; this version reads LORA (LoRA, rsLoRA, DoRA) only")
+        raise Refused(
+            file, f"is a {kind} adapter; this version reads LORA (LoRA, rsLoRA, DoRA) only"
+        )
     for field, (test, expected) in _TYPES.items():
         value = config.get(field)
-        if field in config and not (value is None and field not in _NULL_IS_WRONG) and not test(value):
+        if (
+            field in config
+            and not (value is None and field not in _NULL_IS_WRONG)
+            and not test(value)
+        ):
             raise Refused(file, f"{field} is {printable(repr(value), 80)}, expected {expected}")
     for field, name in _OTHER_METHODS.items():
         if config.get(field):
@@ -197,10 +241,11 @@ def _layer(module: str, prefixes: Sequence[str], file: Path) -> int | None:
     parts = module.split(".")
     for prefix in prefixes:
         if not re.fullmatch(r"[\w.]+", prefix):
-            raise Refused(file, f"layers_pattern {printable(prefix, 80)!r}: only plain names are read")
+            raise Refused(
+                file, f"layers_pattern {printable(prefix, 80)!r}: only plain names are read"
+            )
         words = prefix.split(".")
-        for i in range(len(parts) - len(words)):
-            if parts[i : i + len(words)] == words and parts[i + len(words)].isdigit():
-                if i + len(words) + 1 < len(parts):
-                    return int(parts[i + len(words)])
+        for i in range(len(words), len(parts) - 1):
+            if parts[i - len(words) : i] == words and parts[i].isdigit():
+                return int(parts[i])
     return None

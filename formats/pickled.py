@@ -50,8 +50,11 @@ def read(path: Path) -> dict[str, Tensor]:
         try:
             done = subprocess.run(
                 [sys.executable, "-c", _CHILD, str(path), str(copy), str(MEMORY)],
-                capture_output=True, text=True, timeout=SECONDS, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             raise Refused(path, f"took over {SECONDS} s to open") from None
         if done.returncode == 9:

@@ -84,7 +84,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if begin + end != source.size:
         what = "truncated" if begin + end > source.size else "bytes behind the last tensor"
         raise Refused(
-            path, f"{what}: the header describes {begin + end:,} bytes, the file has {source.size:,}"
+            path,
+            f"{what}: the header describes {begin + end:,} bytes, the file has {source.size:,}",
         )
     return tensors, metadata
 
@@ -94,14 +95,18 @@ def _entry(
 ) -> tuple[Tensor, int, int]:
     """One header entry, checked."""
     if len(name) > NAME_LIMIT or not name.isprintable() or not name:
-        raise Refused(path, "tensor name is empty, too long or holds control characters", tensor=name)
+        raise Refused(
+            path, "tensor name is empty, too long or holds control characters", tensor=name
+        )
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refused(path, "entry must hold exactly dtype, shape and data_offsets", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise Refused(path, f"unknown dtype {printable(repr(dtype), 40)}", tensor=name)
     if not _counts(shape) or len(shape) > 8:
-        raise Refused(path, f"shape {printable(repr(shape), 80)} is not a list of sizes", tensor=name)
+        raise Refused(
+            path, f"shape {printable(repr(shape), 80)} is not a list of sizes", tensor=name
+        )
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise Refused(path, f"data_offsets {printable(repr(offsets), 80)} are invalid", tensor=name)
     bits = BITS[dtype]
@@ -135,8 +140,10 @@ def serialized(
     for name, tensor in tensors.items():
         end = offset + tensor.nbytes
         header[name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # data begins at a multiple of 8, as the library writes it
@@ -158,8 +165,11 @@ def check_floats(tensors: Iterable[Tensor], file: Path) -> None:
     for tensor in tensors:
         if tensor.stored_dtype not in FLOATS:
             raise Refused(
-                file, f"dtype {tensor.stored_dtype}, expected one of {', '.join(FLOATS)}",
+                file,
+                f"dtype {tensor.stored_dtype}, expected one of {', '.join(FLOATS)}",
                 tensor=tensor.name,
-            )  # fmt: skip
+            )
         if 0 in tensor.stored_shape:
-            raise Refused(file, f"shape {list(tensor.stored_shape)} holds nothing", tensor=tensor.name)
+            raise Refused(
+                file, f"shape {list(tensor.stored_shape)} holds nothing", tensor=tensor.name
+            )

@@ -62,7 +62,9 @@ class Verbs(click.Group):
             if ctx.params.get("debug") or isinstance(e, BrokenPipeError):
                 raise
             name = getattr(e, "filename", None)
-            where = f"{printable(os.fsdecode(name), 300)}: " if isinstance(name, str | bytes) else ""
+            where = (
+                f"{printable(os.fsdecode(name), 300)}: " if isinstance(name, str | bytes) else ""
+            )
             what = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else type(e).__name__
             fail(f"{where}{what}")
             ctx.exit(1)
@@ -73,7 +75,9 @@ def fail(message: str) -> None:
     click.echo(f"error: {message}", err=True)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, "-V", "--version", message="loraduct %(version)s")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def main(debug: bool) -> None:

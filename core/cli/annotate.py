@@ -21,10 +21,18 @@ FIELDS = ("name", "version", "task", "license", "description")
 @json_option
 @reading_options
 def command(
-    path: Path, name: str | None, version_: str | None, task: str | None, license_: str | None,
-    description: str | None, as_json: bool, adapter_name: str | None, scale: float | None,
-    trained_on: str | None, allow_pickle: bool,
-) -> None:  # fmt: skip
+    path: Path,
+    name: str | None,
+    version_: str | None,
+    task: str | None,
+    license_: str | None,
+    description: str | None,
+    as_json: bool,
+    adapter_name: str | None,
+    scale: float | None,
+    trained_on: str | None,
+    allow_pickle: bool,
+) -> None:
     """Write texts into the metadata of the adapter's safetensors file; an empty text removes one.
 
     The tensors stay as they are, byte for byte; conversions carry the texts along.

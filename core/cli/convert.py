@@ -11,26 +11,57 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 
 @click.command("convert")
 @click.argument("source", metavar="SRC", type=PATH)
-@click.option("--to", "to", type=click.Choice(["peft", "mlx"]), required=True, help="Target format.")
+@click.option(
+    "--to", "to", type=click.Choice(["peft", "mlx"]), required=True, help="Target format."
+)
 @click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
 @base_option
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "keep"]), default="keep", show_default=True,
-              help="Store tensors in this dtype.")
-@click.option("--uniform", is_flag=True, help="PEFT with one r and one alpha, for servers that read no patterns.")
-@click.option("--name-map", type=PATH, metavar="FILE", help="JSON of transformers' to mlx-lm's module names; {} is an index.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16", "keep"]),
+    default="keep",
+    show_default=True,
+    help="Store tensors in this dtype.",
+)
+@click.option(
+    "--uniform",
+    is_flag=True,
+    help="PEFT with one r and one alpha, for servers that read no patterns.",
+)
+@click.option(
+    "--name-map",
+    type=PATH,
+    metavar="FILE",
+    help="JSON of transformers' to mlx-lm's module names; {} is an index.",
+)
 @click.option("-i", "--include", metavar="REGEX", help="Only modules that match.")
 @click.option("-e", "--exclude", metavar="REGEX", help="Leave modules out that match.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--allow-approximate", is_flag=True, help="Accept a measured loss that is otherwise refused.")
+@click.option(
+    "--allow-approximate", is_flag=True, help="Accept a measured loss that is otherwise refused."
+)
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
 def command(
-    source: Path, to: str, output: Path | None, base: Path | None, dtype: str, uniform: bool,
-    name_map: Path | None, include: str | None, exclude: str | None, dry_run: bool,
-    allow_approximate: bool, force: bool, as_json: bool, adapter_name: str | None,
-    scale: float | None, trained_on: str | None, allow_pickle: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    to: str,
+    output: Path | None,
+    base: Path | None,
+    dtype: str,
+    uniform: bool,
+    name_map: Path | None,
+    include: str | None,
+    exclude: str | None,
+    dry_run: bool,
+    allow_approximate: bool,
+    force: bool,
+    as_json: bool,
+    adapter_name: str | None,
+    scale: float | None,
+    trained_on: str | None,
+    allow_pickle: bool,
+) -> None:
     """Convert the adapter SRC and print what became of every tensor."""
     if output is None and not dry_run:
         raise click.UsageError("give -o OUT, or --dry-run")
@@ -46,17 +77,28 @@ def command(
     plan = convert(
         adapter,
         Options(
-            to=to, base=base_folder.read(base) if base else None, dtype=dtype, uniform=uniform,
-            name_map=_name_map(name_map), include=include, exclude=exclude,
+            to=to,
+            base=base_folder.read(base) if base else None,
+            dtype=dtype,
+            uniform=uniform,
+            name_map=_name_map(name_map),
+            include=include,
+            exclude=exclude,
         ),
-    )  # fmt: skip
+    )
     folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)
     account = plan.account
     if as_json:
-        print_json({
-            "source": str(source), "source_format": adapter.format, "to": to, "dry_run": dry_run,
-            "output": None if dry_run else str(output), **account.as_json(),
-        })  # fmt: skip
+        print_json(
+            {
+                "source": str(source),
+                "source_format": adapter.format,
+                "to": to,
+                "dry_run": dry_run,
+                "output": None if dry_run else str(output),
+                **account.as_json(),
+            }
+        )
         return
     from loraduct.text import printable, size
 

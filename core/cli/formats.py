@@ -26,7 +26,9 @@ def command(as_json: bool) -> None:
 
     extras = {extra: {p: installed(p) for p in packages} for extra, packages in EXTRAS.items()}
     if as_json:
-        formats = {n: {"reads": True, "writes": True, "what": what} for n, (_, what) in FORMATS.items()}
+        formats = {
+            n: {"reads": True, "writes": True, "what": what} for n, (_, what) in FORMATS.items()
+        }
         print_json({"formats": formats, "extras": extras})
         return
     rows = [["format", "reads", "writes", "what"]]

@@ -1,0 +1,112 @@
+"""Writing MLX folders: keys that select exactly the adapted modules in stock mlx-lm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isclose
+from typing import Any
+
+from loraduct.account import Account
+from loraduct.adapter import Adapter, LowRank
+from loraduct.errors import Refused
+from loraduct.formats import mlx_keys
+from loraduct.formats.mlx import CONFIG, check_config
+from loraduct.formats.safetensors_file import ordered
+from loraduct.tensor import Tensor
+from loraduct.text import number
+
+METADATA = {"format": "mlx"}
+
+
+def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account]:
+    """Tensors by file name, config and account of ``adapter`` as an MLX folder; reads no values.
+
+    The adapter must be uniform (one rank, one scale) and have mlx-lm's names; see
+    :mod:`loraduct.converters.convert`.
+    """
+    account = Account()
+    if adapter.method == "full":
+        tensors = {n: r.weight for n, r in adapter.replacements.items()}
+        for name, tensor in tensors.items():
+            account.carry(name, tensor)
+        return ordered(tensors), dict(adapter.config), account
+    check_expressible(adapter)
+    tensors = {}
+    for module, u in adapter.low_rank.items():
+        parts = {"lora_a": u.a.T, "lora_b": u.b.T, "m": u.magnitude}
+        for leaf, part in parts.items():
+            if part is not None:
+                tensors[f"{module}.{leaf}"] = part
+                account.carry(f"{module}.{leaf}", part)
+    config, account.fields = _config_for(adapter)
+    return ordered(tensors), config, account
+
+
+def check_expressible(adapter: Adapter) -> None:
+    """Refuse by name what the MLX format has no place for."""
+    out = "; fuse it into the base, or leave it out with --exclude"
+    for name, replacement in adapter.replacements.items():
+        raise Refused(
+            adapter.weights,
+            f"{name} is a replaced parameter ({replacement.origin}), which an MLX LoRA adapter can't hold{out}",
+            tensor=replacement.weight.name,
+        )
+    if not adapter.low_rank:
+        raise Refused(adapter.path, "no low-rank update is left to write")
+    for u in adapter.low_rank.values():
+        if u.bias is not None:
+            raise Refused(
+                adapter.weights,
+                f"lora_bias, which an MLX adapter can't hold{out}",
+                tensor=u.bias.name,
+            )
+
+
+def _config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config that selects exactly the adapter's modules; an earlier MLX config is kept whole."""
+    updates = adapter.low_rank
+    update = next(iter(updates.values()))
+    assert all((u.rank, u.scale) == (update.rank, update.scale) for u in updates.values())
+    past = [adapter.config] if adapter.format == "mlx" else []
+    for record in (adapter.origin, (adapter.origin or {}).get("before")):
+        if record and record["format"] == "mlx":
+            past.append(record["config"])
+    for config in past:
+        if _describes(config, adapter, update):
+            return dict(config), {"config": "kept as it was"}
+    keys, last, relative = mlx_keys.keys_for(list(updates), adapter.layers)
+    dropout = adapter.config.get("lora_dropout", 0.0) if adapter.format == "peft" else 0.0
+    config = {
+        "fine_tune_type": adapter.method,
+        "num_layers": last,
+        "lora_parameters": {
+            "rank": update.rank,
+            "scale": update.scale,
+            "dropout": dropout,
+            "keys": keys,
+        },
+    }
+    if adapter.base.name:
+        config["model"] = adapter.base.name
+    how = (
+        f"{len(keys)} relative to the last {last} blocks (mlx-swift reads them too)"
+        if relative
+        else f"{len(keys)} full paths (mlx-lm in Python reads them; mlx-swift does not)"
+    )
+    return config, {"rank": str(update.rank), "scale": number(update.scale), "keys": how}
+
+
+def _describes(config: Mapping[str, Any], adapter: Adapter, update: LowRank) -> bool:
+    try:
+        check_config(dict(config), adapter.path / CONFIG)
+    except Refused:
+        return False
+    if config.get("fine_tune_type", "lora") != adapter.method:
+        return False
+    parameters = config["lora_parameters"]
+    if parameters["rank"] != update.rank or not isclose(
+        parameters["scale"], update.scale, rel_tol=1e-12
+    ):
+        return False
+    chosen = mlx_keys.selects(config, adapter.low_rank, adapter.layers)
+    return all(chosen.values())
