@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from loraduct import stream
 from loraduct.errors import Refused
 from loraduct.text import number
 
@@ -48,7 +49,7 @@ BITS = {
 FLOATS = ("F32", "F16", "BF16")  # what adapters are stored in
 UNIT_ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 _EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}  # all ones here: Inf or NaN
-BLOCK = 4 << 20  # bytes read or written at once
+BLOCK = 2 << 20  # bytes handled at once where something is computed
 
 
 @dataclass
@@ -142,7 +143,6 @@ class Tensor:
         """Rows ``start`` to ``stop`` of the result (of a matrix; any other shape: flat elements).
 
         An ndarray of raw storage: 16-bit floats come as unsigned integers, see ``as_float32``.
-
         Arithmetic is float32 with one rounding. With ``finite``, NaN and Inf in the file are
         refused, and so is a value that overflows the result's dtype.
         """
@@ -150,13 +150,11 @@ class Tensor:
 
         shape = self.stored_shape
         if len(shape) != 2:
-            raw = self._read(1, start, stop, math.prod(shape))[0]
-            return self._arithmetic(raw, loss, finite)
+            return self._arithmetic(self._flat(start, stop), loss, finite)
         rows, cols = shape[::-1] if self.transposed else shape
         want_rows, want_cols = self.shape
-        raw = self._read(shape[0], start, min(stop, rows), shape[1])
-        out = self._arithmetic(raw, loss, finite)
-        if want_cols < cols or (want_rows < rows and stop >= want_rows and start < want_rows):
+        out = self._arithmetic(self._matrix(start, min(stop, rows)), loss, finite)
+        if want_cols < cols or (want_rows < rows and stop == want_rows):
             self._check_cropped(out, want_rows, want_cols, rows)
             out = out[:, :want_cols]
         if out.shape != (stop - start, want_cols):
@@ -168,7 +166,7 @@ class Tensor:
     def _check_cropped(self, out: Any, want_rows: int, want_cols: int, rows: int) -> None:
         extra = [out[:, want_cols:]]
         if want_rows < rows:
-            extra.append(self._read(self.stored_shape[0], want_rows, rows, self.stored_shape[1]))
+            extra.append(self._matrix(want_rows, rows))
         if any(e.any() for e in extra):
             raise Refused(
                 self.path,
@@ -177,28 +175,31 @@ class Tensor:
                 tensor=self.name,
             )
 
-    def _read(self, n_rows: int, start: int, stop: int, n_cols: int) -> Any:
-        """Stored rows (columns, if transposed) ``start:stop`` as a view in result orientation."""
+    def _flat(self, start: int, stop: int) -> Any:
+        """Stored elements ``start:stop``, counted through the whole tensor."""
         import numpy as np
 
-        width = BITS[self.stored_dtype] // 8
-        kind = _numpy_dtype(self.stored_dtype)
         if self.data is not None:
-            flat = self.data.reshape(n_rows, n_cols)
-            return flat[:, start:stop].T if self.transposed else flat[start:stop]
+            return self.data.reshape(-1)[start:stop]
         assert self.source is not None
-        if n_rows == 1 and not self.transposed:
-            part = self.source.read(self.offset + start * width, (stop - start) * width, self.name)
-            return np.frombuffer(part, kind).reshape(1, -1)
+        width = BITS[self.stored_dtype] // 8
+        part = self.source.read(self.offset + start * width, (stop - start) * width, self.name)
+        return np.frombuffer(part, _numpy_dtype(self.stored_dtype))
+
+    def _matrix(self, start: int, stop: int) -> Any:
+        """Rows ``start:stop`` of the stored matrix or, if transposed, of its transpose."""
+        import numpy as np
+
+        n_rows, n_cols = self.stored_shape
+        stop = max(start, stop)
         if not self.transposed:
-            begin, count = self.offset + start * n_cols * width, (stop - start) * n_cols * width
-            return np.frombuffer(self.source.read(begin, count, self.name), kind).reshape(
-                -1, n_cols
-            )
-        if stop - start == n_cols:
-            whole = self.source.read(self.offset, n_rows * n_cols * width, self.name)
-            return np.frombuffer(whole, kind).reshape(n_rows, n_cols).T
-        out = np.empty((n_rows, stop - start), kind)
+            return self._flat(start * n_cols, stop * n_cols).reshape(stop - start, n_cols)
+        if self.data is not None or stop - start == n_cols or n_rows == 1:
+            whole = self._flat(0, n_rows * n_cols).reshape(n_rows, n_cols)
+            return whole[:, start:stop].T
+        assert self.source is not None
+        out = np.empty((n_rows, stop - start), _numpy_dtype(self.stored_dtype))
+        width = out.dtype.itemsize
         for i in range(n_rows):
             self.source.read_into(self.offset + (i * n_cols + start) * width, out[i], self.name)
         return out.T
@@ -207,12 +208,8 @@ class Tensor:
         """Factor and cast, in float32, with the loss measured; the finiteness check."""
         import numpy as np
 
-        if finite and not is_finite(raw, self.stored_dtype):
-            raise Refused(
-                self.path,
-                "holds NaN or Inf; the adapter is broken: retrain or repair it",
-                tensor=self.name,
-            )
+        if finite:
+            self._require_finite(raw)
         if self.factor == 1.0 and self.dtype == self.stored_dtype:
             return raw
         exact = as_float32(raw, self.stored_dtype)
@@ -244,10 +241,22 @@ class Tensor:
             return as_float32(flat, self.dtype).reshape(self.shape)
         return as_float32(self.rows(0, self.shape[0], finite=finite), self.dtype)
 
-    def chunks(self, loss: Loss | None = None) -> Iterator[Any]:
-        """The result's bytes in order, as C-contiguous arrays of about ``BLOCK`` bytes."""
+    def chunks(self, loss: Loss | None = None, at: int = 0) -> Iterator[Any]:
+        """The result's bytes in order, as C-contiguous arrays that hold until the next is asked for.
+
+        ``at`` is where in the output file they will go; it only helps speed.
+        """
         import numpy as np
 
+        changed = self.factor != 1.0 or self.dtype != self.stored_dtype or self.data is not None
+        plain = not changed and self.size is None and self.source is not None
+        if plain and len(self.stored_shape) == 2 and self.stored_nbytes <= stream.WHOLE:
+            assert self.source is not None
+            region = (self.source, self.offset, _numpy_dtype(self.stored_dtype), self.name)
+            for piece in stream.matrix(*region, self.stored_shape, self.transposed, at):
+                self._require_finite(piece)
+                yield piece
+            return
         shape = self.shape
         matrix = len(self.stored_shape) == 2
         rows, row_bytes = (
@@ -258,6 +267,14 @@ class Tensor:
         step = max(1, BLOCK // max(row_bytes, 1))
         for start in range(0, rows, step):
             yield np.ascontiguousarray(self.rows(start, min(start + step, rows), loss=loss))
+
+    def _require_finite(self, raw: Any) -> None:
+        if not is_finite(raw, self.stored_dtype):
+            raise Refused(
+                self.path,
+                "holds NaN or Inf; the adapter is broken: retrain or repair it",
+                tensor=self.name,
+            )
 
 
 def is_power_of_two(factor: float) -> bool:
@@ -282,8 +299,8 @@ def is_finite(raw: Any, dtype: str) -> bool:
         with np.errstate(invalid="ignore", over="ignore"):
             # NaN and Inf survive max and min, and these run at memory speed
             return bool(np.isfinite(raw.max()) and np.isfinite(raw.min()))
-    sign_free = np.bitwise_and(raw, 0x7FFF)
-    return bool(sign_free.max() < mask)
+    # as unsigned, negative NaN and Inf are the largest numbers; as signed, positive ones are
+    return bool(raw.max() < mask | 0x8000 and raw.view(np.int16).max() < mask)
 
 
 def as_float32(raw: Any, dtype: str) -> Any:

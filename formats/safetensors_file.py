@@ -148,9 +148,11 @@ def serialized(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # data begins at a multiple of 8, as the library writes it
     yield struct.pack("<Q", len(raw)) + raw
+    at = 8 + len(raw)
     for name, tensor in tensors.items():
         loss = losses.setdefault(name, Loss()) if tensor.rounds else None
-        yield from tensor.chunks(loss)
+        yield from tensor.chunks(loss, at)
+        at += tensor.nbytes
 
 
 def ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
