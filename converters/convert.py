@@ -53,6 +53,9 @@ def convert(adapter: Adapter, options: Options) -> Folder:
     kept = _select(adapter, options)
     dropped = [t for name, u in adapter.updates.items() if name not in kept for t in u.tensors]
     selected = replace(adapter, updates=kept)
+    if dropped:  # a config that still selects what was left out would describe another adapter
+        narrow = {"peft": peft_writer.narrowed, "mlx": mlx_writer.narrowed}[adapter.format]
+        selected = narrow(selected)
     named, names, note = _rename(selected, options)
     if options.to == "mlx":
         _check_head(named, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
@@ -110,3 +111,15 @@ def _describes(config: Mapping[str, Any], adapter: Adapter, update: LowRank) -> 
         return False
     chosen = mlx_keys.selects(config, adapter.low_rank, adapter.layers)
     return all(chosen.values())
+
+
+def narrowed(adapter: Adapter) -> Adapter:
+    """The adapter's config cut down to the updates that are left."""
+    config = dict(adapter.config)
+    if adapter.low_rank:
+        keys, last, _ = mlx_keys.keys_for(list(adapter.low_rank), adapter.layers)
+        config |= {
+            "num_layers": last,
+            "lora_parameters": config["lora_parameters"] | {"keys": keys},
+        }
+    return replace(adapter, config=config, origin=None)

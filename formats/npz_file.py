@@ -10,7 +10,7 @@ from loraduct.files import check_regular
 from loraduct.tensor import Tensor
 from loraduct.text import printable
 
-LIMIT = 1 << 30  # bytes of all arrays together
+LIMIT = 256 << 20  # bytes of all arrays together
 _DTYPES = {"float32": "F32", "float16": "F16"}
 
 

@@ -182,3 +182,17 @@ def uniform_config(adapter: Adapter) -> Adapter:
         "alpha_pattern": {},
     }
     return replace(adapter, config=config, format="peft", origin=None)
+
+
+def narrowed(adapter: Adapter) -> Adapter:
+    """The adapter's config cut down to the updates that are left."""
+    config = dict(adapter.config)
+    config |= targets_of(list(adapter.low_rank), adapter.layers) | {"exclude_modules": None}
+    left = {
+        name.rpartition(".")[0] for name, r in adapter.replacements.items() if r.origin != "bias"
+    }
+    saved = [s for s in config.get("modules_to_save") or [] if any(m.endswith(s) for m in left)]
+    config["modules_to_save"] = saved or None
+    if not any(r.origin == "bias" for r in adapter.replacements.values()):
+        config["bias"] = "none"
+    return replace(adapter, config=config, origin=None)

@@ -168,6 +168,26 @@ def test_every_tensor_is_in_the_account(peft_folder: Folder, cli: Cli, tmp_path:
     assert not any("up_proj" in k for k in load_file(tmp_path / "o" / "adapters.safetensors"))
 
 
+def test_what_is_left_out_leaves_the_config_too(
+    peft_folder: Folder, cli: Cli, tmp_path: Path
+) -> None:
+    """Otherwise PEFT and mlx-lm would look for tensors that are not there."""
+    source = peft_folder()
+    assert cli("convert", source, "--to", "mlx", "-o", tmp_path / "all").exit_code == 0
+    for name, path in (("peft", source), ("mlx", tmp_path / "all")):
+        for to in ("peft", "mlx"):
+            out = tmp_path / f"{name}-{to}"
+            result = cli("convert", path, "--to", to, "-o", out, "-i", "layers.1.self_attn")
+            assert result.exit_code == 0, result.stderr
+            config = json.loads((out / "adapter_config.json").read_text())
+            if to == "peft":
+                assert config["target_modules"] == ["q_proj", "v_proj"]
+                assert config["layers_to_transform"] == [1]
+            else:
+                assert config["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
+                assert config["num_layers"] == 1
+
+
 def test_dry_run_refuses_what_a_run_refuses(peft_folder: Folder, cli: Cli, tmp_path: Path) -> None:
     bad = np.full((4, 16), np.nan, np.float32)
     source = peft_folder(

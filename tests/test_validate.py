@@ -1,0 +1,232 @@
+"""The proof must fail when it should: every check is shown a wrong adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama whose rope_theta matters, a PEFT adapter on it, and its MLX conversion."""
+    import torch
+    from click.testing import CliRunner
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from loraduct.cli import main
+
+    here = tmp_path_factory.mktemp("validate")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(here / "base")
+    peft = get_peft_model(
+        model,
+        LoraConfig(
+            r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    peft.save_pretrained(here / "peft")
+    args = ["convert", here / "peft", "--to", "mlx", "-o", here / "mlx", "--base", here / "base"]
+    done = CliRunner().invoke(main, [str(a) for a in args])
+    assert done.exit_code == 0, done.stderr
+    return here
+
+
+@pytest.fixture
+def fixed(workshop: Path, cli: Cli, tmp_path: Path) -> Path:
+    """The base with rope settings in both forms."""
+    base = tmp_path / "base"
+    shutil.copytree(workshop / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    config["rope_theta"] = 500.0
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def document(result: Any) -> dict[str, Any]:
+    """The JSON of a validation, its checks by name (the last of a name wins)."""
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value | {"by": {c["name"]: c for c in value["checks"]}}
+
+
+def changed(folder: Path, to: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of an MLX folder with its tensors edited; other tools keep no record of ours."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "adapters.safetensors")
+    edit(tensors)
+    save_file(tensors, to / "adapters.safetensors", {"format": "mlx"})
+    return to
+
+
+def test_parity_of_a_conversion(workshop: Path, fixed: Path, cli: Cli) -> None:
+    result = cli("validate", workshop / "peft", workshop / "mlx", "--base", fixed, "--json")
+    assert result.exit_code == 0, result.stdout
+    d = document(result)
+    assert d["passed"]
+    assert d["parity"]["max_difference"] < 1e-5
+    assert d["parity"]["effect"] > 0.05
+    assert d["by"]["identity"]["status"] == "passed"
+    assert {m["fits"] for m in d["parity"]["modules"]} == {True}
+    assert len(d["parity"]["modules"]) == 6
+
+
+def test_misread_base_is_named_and_fixed(workshop: Path, cli: Cli, tmp_path: Path) -> None:
+    """transformers 5 writes rope_parameters only; mlx-lm's llama then runs with theta 10000."""
+    base = tmp_path / "base"
+    shutil.copytree(workshop / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("rope_theta", None)
+    (base / "config.json").write_text(json.dumps(config))
+    args = ["validate", workshop / "peft", workshop / "mlx", "--base", base, "--json"]
+    result = cli(*args)
+    assert result.exit_code == 3
+    failed = [c for c in json.loads(result.stdout)["checks"] if c["status"] == "failed"]
+    assert [c["name"] for c in failed] == ["base"]
+    assert "rope_theta=500.0" in failed[0]["detail"]
+    assert cli(*args, "--fix-base-config").exit_code == 0
+    fixed = json.loads((base / "config.json").read_text())
+    assert fixed["rope_theta"] == 500.0
+    assert fixed["rope_parameters"]["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize("factor", [1.01, 0.5, -1.0])
+def test_wrong_scale_names_the_guilty_module(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path, factor: float
+) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.down_proj.lora_b"] *= factor
+
+    wrong = changed(workshop / "mlx", tmp_path / "wrong", edit)
+    result = cli("validate", workshop / "peft", wrong, "--base", fixed, "--json")
+    assert result.exit_code == 3
+    d = document(result)
+    assert d["by"]["dW"]["status"] == "failed"
+    assert d["by"]["dW"]["module"] == "model.layers.1.mlp.down_proj"
+    off = next(m for m in d["parity"]["modules"] if not m["fits"])
+    assert off["gain"] == pytest.approx(factor, rel=1e-6)
+    assert off["error"] == pytest.approx(abs(factor - 1), rel=1e-5)
+
+
+def test_wrong_layer_fails_in_the_logits_too(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        a, b = "model.layers.0.self_attn.q_proj.lora_a", "model.layers.2.self_attn.q_proj.lora_a"
+        tensors[a], tensors[b] = tensors[b].copy(), tensors[a].copy()
+
+    wrong = changed(workshop / "mlx", tmp_path / "wrong", edit)
+    d = document(cli("validate", workshop / "peft", wrong, "--base", fixed, "--json"))
+    assert d["by"]["logits"]["status"] == "failed"
+    assert d["by"]["dW"]["module"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_a_proof_takes_the_file_as_it_is(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """A fold that is wrong in the file must not be undone by the record that came with it."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(workshop / "mlx", wrong)
+    weights = wrong / "adapters.safetensors"
+    raw = bytearray(weights.read_bytes())
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    values = np.frombuffer(raw, np.float32, offset=begin)
+    values *= 2  # every tensor, header and record untouched
+    weights.write_bytes(raw)
+    result = cli("validate", workshop / "peft", wrong, "--base", fixed, "--json")
+    assert result.exit_code == 3
+    gains = [m["gain"] for m in document(result)["parity"]["modules"]]
+    assert gains == pytest.approx([4.0] * 6, rel=1e-5)
+
+
+def test_structure_against_another_base(
+    workshop: Path, fixed: Path, cli: Cli, peft_folder: Callable[..., Path]
+) -> None:
+    assert cli("validate", workshop / "peft", "--base", fixed).exit_code == 0
+    result = cli("validate", peft_folder(), "--base", fixed, "--json")
+    assert result.exit_code == 3
+    assert document(result)["by"]["shapes"]["status"] == "failed"
+
+
+def test_recorded_base_is_recognised_in_another_dtype(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """kin: a bf16 copy of the base is the base; random weights of the same shape are not."""
+    import torch
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    weights = load(fixed / "model.safetensors")
+    for name, change, status in (
+        ("copy", lambda t: t.to(torch.bfloat16), "passed"),
+        ("stranger", lambda t: torch.randn_like(t) * 0.1, "failed"),
+    ):
+        base = tmp_path / name
+        shutil.copytree(fixed, base)
+        save(
+            {k: change(v) for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"}
+        )
+        d = document(cli("validate", workshop / "mlx", "--base", base, "--json"))
+        assert d["by"]["identity"]["status"] == status
+    result = cli(
+        "convert",
+        workshop / "mlx",
+        "--to",
+        "peft",
+        "-o",
+        tmp_path / "o",
+        "--base",
+        tmp_path / "stranger",
+    )
+    assert result.exit_code == 1
+    assert "not the base" in result.stderr
+
+
+def test_nan_is_named(workshop: Path, fixed: Path, cli: Cli, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.2.self_attn.q_proj.lora_b"][1, 3] = np.nan
+
+    wrong = changed(workshop / "mlx", tmp_path / "wrong", edit)
+    d = document(cli("validate", wrong, "--base", fixed, "--json"))
+    assert not d["passed"]
+    assert d["by"]["values"]["module"] == "model.layers.2.self_attn.q_proj.lora_b"
+
+
+def test_prompts_file(workshop: Path, fixed: Path, cli: Cli, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\nplain two\n')
+    d = document(
+        cli(
+            "validate",
+            workshop / "peft",
+            workshop / "mlx",
+            "--base",
+            fixed,
+            "--prompts",
+            prompts,
+            "--json",
+        )
+    )
+    assert d["parity"]["prompts"] == 2
+    for text in ("", '{"text": "x"}\n', '{"prompt": 3}\n'):
+        prompts.write_text(text)
+        result = cli("validate", workshop / "peft", "--base", fixed, "--prompts", prompts)
+        assert result.exit_code == 1
+        assert "prompts.jsonl" in result.stderr
