@@ -12,12 +12,14 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+from measure import run_child
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "bench"
+SMALL = CACHE / "peft-small"  # one layer: converted to load everything a conversion needs
 BASE = "synthetic/llama-3b"
 LAYERS = 28
 HIDDEN = 3072
@@ -90,7 +92,7 @@ def adapter_config(rank: int) -> dict[str, object]:
 
 
 def safetensors_header(shapes: dict[str, tuple[int, int]]) -> bytes:
-    """Length and JSON header of a float16 safetensors file, padded to 8 bytes as its writer does."""
+    """Length and JSON header of a float16 safetensors file, padded to 8 bytes like its writer's."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (rows, columns) in shapes.items():
@@ -107,7 +109,12 @@ def safetensors_header(shapes: dict[str, tuple[int, int]]) -> bytes:
 
 
 def write_values(file: BinaryIO, shapes: dict[str, tuple[int, int]], seed: int) -> None:
-    """Write one tensor after the other, so that memory stays at one tensor's size."""
+    """Write one tensor after the other, so that memory stays at one tensor's size.
+
+    numpy is imported here so that importing this module is cheap: see `prepare`.
+    """
+    import numpy as np
+
     generator = np.random.default_rng(seed)
     for rows, columns in shapes.values():
         values = generator.standard_normal(rows * columns, dtype=np.float32)
@@ -143,14 +150,20 @@ def write_adapter(folder: Path, rank: int, layers: int = LAYERS) -> Path:
 
 
 def adapter_folder(rank: int) -> Path:
-    """Folder of the benchmark adapter of this rank, written when it is missing."""
-    return write_adapter(CACHE / f"peft-r{rank}", rank)
+    """Where the benchmark adapter of this rank is."""
+    return CACHE / f"peft-r{rank}"
+
+
+def prepare(ranks: Iterable[int]) -> None:
+    """Make what is missing, in a child: the benchmark process must not load numpy itself."""
+    run_child([sys.executable, __file__, *map(str, ranks)])
 
 
 def main() -> None:
-    """Make the adapters ahead of a benchmark: `python synthetic.py [RANK ...]`."""
+    """`python synthetic.py [RANK ...]`."""
+    write_adapter(SMALL, min(RANKS), layers=1)
     for rank in [int(word) for word in sys.argv[1:]] or RANKS:
-        folder = adapter_folder(rank)
+        folder = write_adapter(adapter_folder(rank), rank)
         print(f"{folder}  {(folder / WEIGHTS).stat().st_size / 1e6:.1f} MB")
 
 

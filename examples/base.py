@@ -39,7 +39,6 @@ def quiet() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["PYTHONWARNINGS"] = "ignore"  # for the commands the demo starts
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import warnings
 

@@ -66,6 +66,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = parse_object(raw, path, "header")
     del raw
     metadata = header.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # null: MLX without texts, and Rust reads it
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Refused(path, "__metadata__ must map texts to texts")
     begin = 8 + length

@@ -21,6 +21,9 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
+VARIANTS = ("lora", "rslora", "dora", "patterns")
+MIXED = ("rslora-patterns", "dora-patterns")
+MIXED_ON = ("llama", "phi3", "qwen2", "starcoder2")
 
 
 def _load(name: str) -> ModuleType:
@@ -38,9 +41,15 @@ _zoo = _load("zoo")
 
 @pytest.fixture(autouse=True, scope="session")
 def _peers_here() -> None:
-    """Skip without the stock libraries; keep their progress bars and advice quiet."""
+    """Skip without the stock libraries; keep their progress bars and advice quiet.
+
+    Models this small run several times faster on one thread than on more.
+    """
     for name in ("torch", "peft", "mlx.core", "mlx_lm", "safetensors"):
         pytest.importorskip(name, reason="the conformance tests need the stock peers")
+    import torch
+
+    torch.set_num_threads(1)
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -62,7 +71,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["lora", "rslora", "dora", "patterns", "rslora-patterns", "dora-patterns"])
+@pytest.fixture(params=VARIANTS + MIXED)
 def variant(request: pytest.FixtureRequest) -> str:
     """Every kind of PEFT adapter in turn."""
     return str(request.param)
@@ -122,6 +131,18 @@ def peft_adapter(
     return get
 
 
+@pytest.fixture(
+    params=[
+        *((name, variant) for name in sorted(_zoo.ARCHITECTURES) for variant in VARIANTS),
+        *((name, variant) for name in MIXED_ON for variant in MIXED),
+    ],
+    ids="-".join,
+)
+def trained(request: pytest.FixtureRequest, peft_adapter: Callable[[str, str], Trained]) -> Trained:
+    """A PEFT adapter of every kind on every model type."""
+    return peft_adapter(*request.param)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a call of the command line left behind."""
@@ -140,6 +161,7 @@ class Outcome:
 def run() -> Callable[..., Any]:
     """Call the command line in this process: run("convert", SRC, "--to", "mlx")."""
     from click.testing import CliRunner
+
     from loraduct.cli import main
 
     def call(*words: object) -> Any:
@@ -155,12 +177,12 @@ def run() -> Callable[..., Any]:
 def attempt(run: Callable[..., Any], tmp_path: Path) -> Callable[..., Outcome]:
     """Convert into a new folder and tell how it went; the caller judges."""
     count = 0
+    (tmp_path / "converted").mkdir()
 
     def call(source: Path, to: str, *options: object) -> Outcome:
         nonlocal count
         count += 1
         path = tmp_path / "converted" / f"{count}-{to}"
-        path.parent.mkdir(exist_ok=True)
         result = run("convert", source, "--to", to, "-o", path, *options)
         return Outcome(result.exit_code, result.stdout, result.stderr, path)
 

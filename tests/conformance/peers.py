@@ -6,6 +6,7 @@ do; numbers leave as float32 or float64 NumPy arrays.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +85,15 @@ def cast_tensors(path: Path, dtype: torch.dtype) -> None:
 # --- PEFT -----------------------------------------------------------------------------------
 
 
-def hf_base(base: Path) -> torch.nn.Module:
+@cache
+def _pristine(base: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return model.eval()
+
+
+def hf_base(base: Path) -> torch.nn.Module:
+    """The base by transformers; a copy, as PEFT changes the model it is given."""
+    return copy.deepcopy(_pristine(base))
 
 
 @torch.no_grad()
@@ -174,7 +182,9 @@ def peft_deltas(base: Path, folder: Path, strict: bool = True) -> Arrays:
 
 
 def mlx_base(base: Path) -> Any:
-    return load_model(base)[0]
+    model = load_model(base)[0]
+    model.set_dtype(mx.float32)
+    return model
 
 
 def mlx_model(base: Path, folder: Path) -> Any:
@@ -203,6 +213,12 @@ def mlx_deltas(base: Path, folder: Path) -> Arrays:
         - np.array(module.linear.weight.astype(mx.float32), dtype=np.float64)
         for name, module in mlx_modules(mlx_model(base, folder)).items()
     }
+
+
+def mlx_name(peft_name: str) -> tuple[str, str]:
+    """base_model.model.X.lora_A.weight -> (X, lora_a), and so on."""
+    path, leaf = peft_name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rsplit(".", 1)
+    return path, {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}[leaf]
 
 
 def randomise_mlx(model: Any, seed: int = 5) -> None:
@@ -330,19 +346,21 @@ def variant(name: str, targets: Sequence[str]) -> LoraConfig:
     """One of the adapters every architecture is tried with.
 
     The patterns are full of traps: the first match wins although a later one is more specific,
-    one key is an anchored regex, ranks and alphas match different sets of modules.
+    one key is an anchored regex, ranks and alphas match different sets of modules. The keys are
+    in sorted order because PEFT sorts them when it saves: in any other order it would itself
+    compute something else after loading.
     """
     first, last = targets[0], targets[-1]
     patterns = {
         "rank_pattern": {
-            first: 5,
-            f"layers.0.self_attn.{first}": 16,
+            rf".*self_attn\.{first}": 5,
             rf"^model\.layers\.[12]\..*{last}": 7,
+            f"layers.0.self_attn.{first}": 16,
         },
         "alpha_pattern": {
-            rf"layers.[01].*{last}": 3,
+            rf".*layers.[01].*{last}": 3,
+            rf".*self_attn.{first}": 13.5,
             last: 21,
-            f"self_attn.{first}": 13.5,
             f"model.layers.1.self_attn.{first}": 80,
         },
     }

@@ -31,7 +31,7 @@ def _keys(style: str, base: Any) -> list[str] | None:
 
 @pytest.mark.parametrize(
     ("kind", "style", "num_layers"),
-    [("lora", "none", -1), ("dora", "none", 2), ("lora", "relative", 2), ("dora", "full", 1)],
+    [("lora", "none", -1), ("dora", "relative", 2), ("lora", "full", 1)],
 )
 def test_logits(
     architecture: str,
@@ -57,7 +57,7 @@ def test_logits(
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("style", ["none", "relative", "full"])
-@pytest.mark.parametrize("num_layers", [1, 2, 3, 16])
+@pytest.mark.parametrize("num_layers", [1, 2, 16])
 def test_layouts(
     kind: str,
     style: str,
@@ -138,17 +138,28 @@ def test_half_precision_is_kept_exactly(
     peers: ModuleType,
     tmp_path: Path,
 ) -> None:
-    """An adapter trained in MLX on a 16-bit base: no fold, so not one bit may change."""
+    """An adapter trained in MLX on a 16-bit base: no fold, so not one bit may change.
+
+    DoRA's logits are no measure here: mlx-lm computes its norm in the tensors' own dtype.
+    """
+    import torch
+
     base = tiny("llama")
     path = tmp_path / "mlx"
     peers.save_mlx(base.path, path, zoo.TOKENS, kind=kind, num_layers=-1)
     peers.cast_mlx(path, getattr(peers.mx, dtype))
-    expected = peers.mlx_logits(base.path, path, zoo.TOKENS)
     result = convert(path, "peft")
-    found = peers.peft_logits(base.path, result, zoo.TOKENS)
-    peers.assert_same_logits(found, expected, base_logits("llama"))
-    kinds = {entry[0] for entry in peers.raw_tensors(result / peers.PEFT_WEIGHTS).values()}
-    assert kinds == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
+    before = peers.load_file(path / peers.MLX_WEIGHTS)
+    after = peers.load_file(result / peers.PEFT_WEIGHTS)
+    assert len(after) == len(before)
+    for name, tensor in after.items():
+        module, leaf = peers.mlx_name(name)
+        assert tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(tensor.T if leaf != "m" else tensor, before[f"{module}.{leaf}"])
+    if kind == "lora":
+        expected = peers.mlx_logits(base.path, path, zoo.TOKENS)
+        found = peers.peft_logits(base.path, result, zoo.TOKENS)
+        peers.assert_same_logits(found, expected, base_logits("llama"))
 
 
 def test_checkpoints_beside_the_adapter_change_nothing(

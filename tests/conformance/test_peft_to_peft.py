@@ -28,8 +28,8 @@ BEYOND_MLX = [
     pytest.param("starcoder2", {"bias": "all"}, "bias", id="all-biases"),
 ]
 PATTERNS = {
-    "rank_pattern": {"q_proj": 5, "layers.0.self_attn.q_proj": 16, "v_proj": 7},
-    "alpha_pattern": {"layers.1.*q_proj": 3, "v_proj": 21},
+    "rank_pattern": {".*q_proj": 5, "layers.0.self_attn.q_proj": 16, "v_proj": 7},
+    "alpha_pattern": {".*layers.1.*q_proj": 3, "v_proj": 21},
 }
 
 

@@ -99,7 +99,7 @@ def test_fields_that_change_the_numbers(
     path = peers.copy_adapter(peft_adapter("llama", "lora").path, tmp_path / "peft")
     peers.edit_json(path / peers.CONFIG, **{field: value})
     outcome = attempt(path, "mlx")
-    assert field in outcome.err
+    assert field in outcome.text
     assert outcome.code in (0, 1)
     if field in ("use_qalora", "arrow_config"):
         assert outcome.code == 1

@@ -6,6 +6,7 @@ tensors are dropped, cast from integers, taken for the base's, or overwritten by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class Case:
     names: tuple[str, ...] = (MODULE,)
     kinds: str = "peft mlx"
     dora: bool = False
+    inspect: str = "refuse"
 
 
 def put(part: str, *shape: int, layer: int = 0, proj: str = "q_proj") -> Change:
@@ -167,7 +169,7 @@ CASES = [
     Case("optimizer_state", add("optimizer.state.0.exp_avg", 4, 12), ("optimizer",)),
     # PEFT only
     Case("no_prefix", rename("base_model.model.", ""), (r"layers\.\d\.self_attn",), "peft"),
-    Case("half_prefix", rename("base_model.model.", "base_model."), ("base_model",), "peft"),
+    Case("half_prefix", rename("base_model.model.model.", "base_model."), ("base_model",), "peft"),
     Case("prefix_collision", prefix_collision, kinds="peft"),
     Case("collision", collision, kinds="peft"),
     Case("two_adapters", two_adapters, ("default|other",), "peft"),
@@ -186,15 +188,14 @@ CASES = [
     Case("targets_regex_narrower", configure(target_modules=r".*\.q_proj"), (OTHER,), "peft"),
     Case("targets_excluded", configure(exclude_modules=["v_proj"]), (OTHER,), "peft"),
     Case("layers_narrower", configure(layers_to_transform=[0]), (r"layers\.1\.",), "peft"),
-    Case("layers_out_of_range", configure(layers_to_transform=[0, 1, 5]),
-         ("layers_to_transform",), "peft"),
+    Case("layers_out_of_range", configure(layers_to_transform=[5]), (r"layers\.\d\.",), "peft"),
     Case("layers_int_narrower", configure(layers_to_transform=1), (r"layers\.0\.",), "peft"),
     Case("rank_pattern_differs", configure(rank_pattern={"q_proj": 8}), ("q_proj",), "peft"),
     Case("rank_pattern_prefixed", both(rank_5, configure(rank_pattern={PEFT_Q: 5})), (MODULE,),
          "peft"),
     # MLX only
     Case("peft_prefix", rename("model.layers", "base_model.model.model.layers"), ("base_model",),
-         "mlx"),
+         "mlx", inspect="any"),
     Case("stray_weight", add(f"{MLX_Q}.weight", 20, 12), (r"q_proj\.weight",), "mlx"),
     Case("stray_bias", add(f"{MLX_Q}.bias", 20), (r"q_proj\.bias",), "mlx"),
     Case("keys_narrower", lambda f: f.config["lora_parameters"].update(keys=["self_attn.q_proj"]),
@@ -215,7 +216,7 @@ def test_refused(kind: str, case: Case, kit: Kit, tmp_path: Any) -> None:
     case.change(folder)
     folder.save()
     where = rf"{folder.weights.name}|{folder.config_path.name}"
-    kit.refuse_everywhere(folder, where, *case.names)
+    kit.refuse_everywhere(folder, where, *case.names, inspect=case.inspect)
 
 
 BAD = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf}
@@ -225,7 +226,7 @@ BAD = {"nan": np.nan, "inf": np.inf, "minus_inf": -np.inf}
 @pytest.mark.parametrize("part", ["A", "B", "m"])
 @pytest.mark.parametrize("kind", ["peft", "mlx"])
 def test_not_finite(kind: str, part: str, dtype: str, kit: Kit, tmp_path: Any) -> None:
-    """A single NaN or Inf: plain inspect doesn't read values, --stats and convert refuse it."""
+    """A single NaN or Inf: plain inspect doesn't read values, --stats names it, convert refuses."""
     for label, value in BAD.items():
         folder = kit.build(kind, tmp_path / label / "src", dora=part == "m", dtype=dtype)
         name = folder.name(part, 1, "v_proj")
@@ -235,7 +236,9 @@ def test_not_finite(kind: str, part: str, dtype: str, kit: Kit, tmp_path: Any) -
         folder.save()
         assert kit.run("inspect", folder.path).tidy().code == 0
         where = (folder.weights.name, r"layers\.1\.self_attn\.v_proj")
-        kit.run("inspect", folder.path, "--stats").refused(*where)
+        stats = kit.run("inspect", folder.path, "--stats").tidy()
+        assert re.search(rf"NaN.*{where[1]}|{where[1]}.*NaN", stats.stdout + stats.stderr)
+        kit.run("inspect", folder.path, "--stats", "--json").tidy().one_document()
         kit.convert_refused(folder, *where)
 
 

@@ -99,19 +99,19 @@ def test_odd_file(odd: str, which: str, adapter: Folder, kit: Kit) -> None:
 def test_odd_source(odd: str, kit: Kit, tmp_path: Path) -> None:
     """The same as the adapter's own path: exit 1, or 2 where the path is not there at all."""
     (tmp_path / "room").mkdir()
-    source = tmp_path / "room" / "adapter"
+    source = tmp_path / "room" / "thing"
     ODD[odd](source)
     for args in (("inspect", source), ("convert", source, "--to", "mlx", "-o", tmp_path / "out")):
         outcome = kit.run(*args).tidy()
         assert outcome.code in (1, 2)
-        assert "adapter" in outcome.stderr
+        assert "thing" in outcome.stderr
         assert not (tmp_path / "out").exists()
 
 
 def test_empty_folder(kit: Kit, tmp_path: Path) -> None:
     """A folder with nothing in it is named, and the message says what was looked for."""
     (tmp_path / "nothing").mkdir()
-    kit.run("inspect", tmp_path / "nothing").refused("nothing", r"adapter_config\.json|safetensors")
+    kit.run("inspect", tmp_path / "nothing").refused("nothing", "PEFT", "MLX")
 
 
 def test_both_formats_in_one_folder(peft: Folder, kit: Kit) -> None:
@@ -121,7 +121,7 @@ def test_both_formats_in_one_folder(peft: Folder, kit: Kit) -> None:
     if outcome.code == 0:
         assert "adapters.safetensors" in outcome.stdout + outcome.stderr
     else:
-        outcome.refused(r"adapters\.safetensors")
+        outcome.refused("peft", "mlx")
 
 
 def test_linked_files_are_read(adapter: Folder, kit: Kit, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def torch_zip(path: Path, payload: bytes) -> None:
         writer.writestr("archive/version", "3\n")
 
 
-@pytest.mark.parametrize("layout", ["plain", "zip", "cut"])
+@pytest.mark.parametrize("layout", ["plain", "zip"])
 @pytest.mark.parametrize("allowed", [False, True])
 def test_pickle(allowed: bool, layout: str, peft: Folder, kit: Kit, tmp_path: Path) -> None:
     """adapter_model.bin is refused naming the way out; even then its code never runs."""
@@ -232,7 +232,7 @@ def test_pickle(allowed: bool, layout: str, peft: Folder, kit: Kit, tmp_path: Pa
     if layout == "zip":
         torch_zip(weights, payload)
     else:
-        weights.write_bytes(payload if layout == "plain" else payload[:-9])
+        weights.write_bytes(payload)
     if allowed:
         out = tmp_path / "out"
         outcome = kit.run_process(

@@ -1,0 +1,222 @@
+"""The main job, start to finish, on a real model: carry two adapters across and prove it.
+
+    make demo        or        .venv/bin/python examples/demo.py
+
+Runs loraduct as a user would (every command is printed before it runs), checks that
+PEFT -> MLX -> PEFT comes back unchanged, and lets the stock runtimes answer: the source in PEFT
+on torch, the converted one in mlx-lm. The exit code is not 0 if anything fails.
+"""
+
+import json
+import multiprocessing
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from base import ROOT, prepare, quiet
+
+MESSAGE = (
+    "Hi Robin, my parents visit next weekend, so I can't play tennis on Saturday. "
+    "Shall we play on Wednesday evening instead? Nina"
+)  # in neither training file
+PROMPTS = {
+    "summary": f"Summarize this message in one line.\n\n{MESSAGE}",
+    "reply": f"Write a reply to this message.\n\n{MESSAGE}",
+}
+MOST_TOKENS = 32
+
+
+def loraduct(*arguments: str | Path, capture: bool = False) -> str:
+    """Print a command, run it from the repository's root, and stop the demo if it fails."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ {shlex.join(['loraduct', *words])}", flush=True)
+    script = Path(sys.executable).parent / "loraduct"
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "loraduct"]
+    pipe = subprocess.PIPE if capture else None
+    run = subprocess.run([*command, *words], cwd=ROOT, stdout=pipe, text=True)
+    if run.returncode:
+        print(run.stdout or "", end="")
+        print(f"error: the command ended with {run.returncode}", file=sys.stderr)
+        raise SystemExit(run.returncode)
+    return run.stdout or ""
+
+
+def convert(source: Path, to: str, target: Path, base: Path) -> float:
+    """Convert one adapter with the command line; return the seconds a user waits for it."""
+    start = time.monotonic()
+    loraduct("convert", source, "--to", to, "-o", target, "--base", base, "--force")
+    return time.monotonic() - start
+
+
+def compare(before: Path, after: Path) -> str:
+    """Say that two PEFT folders hold the same tensors and the same config, or stop."""
+    from safetensors.numpy import load_file
+
+    one, two = (load_file(ROOT / at / "adapter_model.safetensors") for at in (before, after))
+    names = sorted(one.keys() | two.keys())
+    wrong = [f"tensor {name}" for name in names if not same(one.get(name), two.get(name))]
+    first, second = (
+        json.loads((ROOT / at / "adapter_config.json").read_text()) for at in (before, after)
+    )
+    fields = sorted(first.keys() | second.keys())
+    missing = object()
+    wrong += [
+        f"config field {field}"
+        for field in fields
+        if first.get(field, missing) != second.get(field, missing)
+    ]
+    if wrong:
+        print(f"error: {after} differs from {before}: {', '.join(wrong)}", file=sys.stderr)
+        raise SystemExit(1)
+    return f"{len(names)} tensors byte-equal, {len(fields)} config fields equal"
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two arrays have the same dtype, shape and bytes."""
+    if one is None or two is None:
+        return False
+    return one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+
+
+def validate(source: Path, target: Path, base: Path) -> dict[str, Any]:
+    """Run the proof once, print its checks, and return its document."""
+    document = json.loads(
+        loraduct("validate", source, target, "--base", base, "--json", capture=True)
+    )
+    seen = {}
+    for check in document["checks"]:  # the checks of either adapter alone are often equal
+        seen[check["name"], check["status"], check["detail"]] = None
+    for name, status, detail in seen:
+        print(f"  {status:<8} {name:<9} {detail}")
+    return document
+
+
+def answers_torch(base: Path, adapter: Path, prompt: str) -> tuple[str, str]:
+    """What the base and the adapted model answer in stock PEFT, greedily, in float32."""
+    quiet()
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / base)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / base, dtype=torch.float32).eval()
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
+    )
+
+    def answer(model: Any) -> str:
+        made = model.generate(**ids, max_new_tokens=MOST_TOKENS, do_sample=False)
+        new = made[0, ids["input_ids"].shape[1] :]
+        ended = new[-1] == tokenizer.eos_token_id
+        return shown(tokenizer.decode(new, skip_special_tokens=True), bool(ended))
+
+    plain = answer(model)
+    return plain, answer(PeftModel.from_pretrained(model, str(ROOT / adapter)).eval())
+
+
+def answers_mlx(base: Path, adapter: Path, prompt: str) -> tuple[str, str]:
+    """The same in stock mlx-lm with the converted adapter."""
+    quiet()
+    import mlx.core as mx
+    from mlx_lm import load, stream_generate
+    from mlx_lm.utils import load_adapters
+
+    model, tokenizer = load(str(ROOT / base))
+    model.set_dtype(mx.float32)
+    chat = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+
+    def answer(model: Any) -> str:
+        parts = list(stream_generate(model, tokenizer, ids, max_tokens=MOST_TOKENS))
+        return shown("".join(part.text for part in parts), parts[-1].finish_reason == "stop")
+
+    plain = answer(model)
+    return plain, answer(load_adapters(model, str(ROOT / adapter)))
+
+
+def shown(text: str, ended: bool) -> str:
+    """One line of an answer; three dots where it was cut off."""
+    return " ".join(text.split()) + ("" if ended else " ...")
+
+
+def table(head: list[str], rows: list[list[str]], width: int = 38) -> None:
+    """Print rows under a head, wrapping long cells."""
+    wrapped = [[textwrap.wrap(cell, width) or [""] for cell in row] for row in [head, *rows]]
+    widths = [max(len(line) for row in wrapped for line in row[i]) for i in range(len(head))]
+    for number, row in enumerate(wrapped):
+        for depth in range(max(len(cell) for cell in row)):
+            cells = [cell[depth] if depth < len(cell) else "" for cell in row]
+            print("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip())
+        if number == 0:
+            print("  ".join("-" * w for w in widths))
+
+
+def size(folder: Path) -> str:
+    """Size of an adapter's weights on disk."""
+    weights = sum(path.stat().st_size for path in (ROOT / folder).glob("*.safetensors"))
+    return f"{weights / 1e6:.2f} MB"
+
+
+def main() -> None:
+    """Run the demo."""
+    start = time.monotonic()
+    quiet()
+    work = Path(".cache") / "demo"
+    base = prepare().relative_to(ROOT)
+    shutil.rmtree(ROOT / work, ignore_errors=True)
+    (ROOT / work).mkdir(parents=True)
+    print(f"base model: {base} (ready after {time.monotonic() - start:.1f} s)")
+
+    spoken, numbers, waiting = [], [], {}
+    # mlx's matrix products on a CPU run on one core: let them use it while loraduct works.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as side:
+        for name, prompt in PROMPTS.items():
+            source = Path("examples") / name
+            there, back = work / f"{name}-mlx", work / f"{name}-peft"
+            loraduct("inspect", source)
+            seconds = [convert(source, "mlx", there, base), convert(there, "peft", back, base)]
+            print(f"\nround trip {source} -> {there} -> {back}: {compare(source, back)}")
+            waiting[name] = side.submit(answers_mlx, base, there, prompt)
+            parity = validate(source, there, base)["parity"]
+            numbers.append(
+                [
+                    name,
+                    size(source),
+                    size(there),
+                    f"{seconds[0]:.1f} s",
+                    f"{seconds[1]:.1f} s",
+                    f"{parity['dw_worst_relative_error']:.0e}",
+                    f"{parity['max_difference']:.0e}",
+                    f"{parity['base_max_difference']:.0e}",
+                    f"{parity['effect']:.1f}",
+                    f"{parity['top1_agreement']:.0%}",
+                ]
+            )
+        print("\nThe stock runtimes answer ...", flush=True)
+        for name, prompt in PROMPTS.items():
+            torch_says = answers_torch(base, Path("examples") / name, prompt)
+            mlx_says = waiting[name].result()
+            spoken += [[name, "PEFT", *torch_says], [name, "mlx-lm", *mlx_says]]
+
+    print(f"\nOne message that is in neither training file:\n  {MESSAGE}\n")
+    table(["adapter", "runtime", "base answers", "with the adapter"], spoken)
+    print()
+    head = "adapter,PEFT size,MLX size,to MLX,back,dW error,logits,bare base,effect,top-1"
+    table(head.split(","), numbers)
+    print(
+        "\ndW error: largest relative difference of a module's update, PEFT against MLX"
+        "\nlogits: largest difference between PEFT on torch and mlx-lm, with the adapter"
+        "\nbare base: the same without any adapter; effect: what the adapter itself changes"
+        f"\n\nAll checks passed in {time.monotonic() - start:.0f} s."
+    )
+
+
+if __name__ == "__main__":
+    main()
