@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
-from loraduct.text import several
+from loraduct.text import printable, several
 
 _DIFFERENCE = {
     "experts": "its experts are laid out differently",
@@ -193,11 +194,17 @@ def _difference(pattern: str, model_types: list[str]) -> str:
     )
 
 
+def _twice(name_map: Mapping[str, str]) -> list[str]:
+    return sorted(n for n, count in Counter(name_map.values()).items() if count > 1)
+
+
 def _mapped(modules: list[str], name_map: Mapping[str, str], file: Path, reverse: bool) -> Renamer:
     """A renamer from a table of patterns; every module must be hit, and no two may meet."""
     pairs = {v: k for k, v in name_map.items()} if reverse else dict(name_map)
     if len(pairs) != len(name_map):
-        raise Refused(file, "the name map sends two modules to the same name")
+        raise Refused(
+            file, f"the name map sends two modules to the same name: {several(_twice(name_map))}"
+        )
     renamed: dict[str, str] = {}
     hit = set()
     for module in modules:
@@ -217,6 +224,13 @@ def _mapped(modules: list[str], name_map: Mapping[str, str], file: Path, reverse
     unused = [p for p in pairs if p not in hit]
     if unused:
         raise Refused(file, f"the name map's entry {several(unused)} matches no module")
-    if len(set(renamed.values())) != len(renamed):
-        raise Refused(file, "the name map sends two modules to the same name")
+    back: dict[str, str] = {}
+    for module, target in renamed.items():
+        if target in back:
+            raise Refused(
+                file,
+                f"the name map sends it and {printable(back[target])} to {target}",
+                tensor=module,
+            )
+        back[target] = module
     return renamed.__getitem__

@@ -152,10 +152,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Whether an existing ``target`` may be replaced is the caller's decision, made before.
     """
     # resolved, so that a link given as the target stays a link and its folder is replaced
-    target = target.resolve()
+    target = resolved(target)
     with os_errors(target), locked(target):
-        for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
-            remove_tree(left)  # of a writer that was killed: we hold the lock
+        _remove_left(target, "tmp")  # of a writer that was killed: we hold the lock
         stage = _beside(target, "tmp")
         os.mkdir(stage)
         try:
@@ -174,6 +173,20 @@ def staged_folder(target: Path) -> Iterator[Path]:
             sync(target.parent)
         with contextlib.suppress(OSError):
             remove_tree(stage)
+            _remove_left(target, "old")
+
+
+def resolved(path: Path) -> Path:
+    """``path`` without links; links that lead in a circle are refused."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # Python before 3.13 raises RuntimeError
+        raise Refused(path, "is a symbolic link that leads nowhere (links in a circle)") from None
+
+
+def _remove_left(target: Path, what: str) -> None:
+    for left in target.parent.glob(f".{_escape(target.name)}.{what}-*"):
+        remove_tree(left)
 
 
 def _beside(target: Path, what: str) -> Path:
@@ -226,7 +239,8 @@ def exchange(a: Path, b: Path) -> None:
     except OSError:
         os.rename(aside, b)
         raise
-    os.rename(aside, a)
+    with contextlib.suppress(OSError):  # the new folder is in place: only tidying is left
+        os.rename(aside, a)
 
 
 def sync(path: Path) -> None:
@@ -267,11 +281,16 @@ def _start_writeback(fd: int, offset: int, count: int) -> None:
 
 
 def replace_file(target: Path, chunks: Iterable[Any]) -> None:
-    """Put a new file in the place of ``target`` (or where none was), all or nothing."""
-    target = target.resolve()
-    with os_errors(target), locked(target):
-        for left in target.parent.glob(f".{_escape(target.name)}.tmp-*"):
-            remove_tree(left)
+    """Put a new file in the place of ``target`` (or where none was), all or nothing.
+
+    The lock is its folder's: whoever replaces the folder is a second writer too. Where the folder
+    can't be replaced, because nothing may be written beside it, there is none.
+    """
+    target = resolved(target)
+    folder = target.parent
+    lock = locked(folder) if os.access(folder.parent, os.W_OK) else contextlib.nullcontext()
+    with os_errors(target), lock:
+        _remove_left(target, "tmp")
         stage = _beside(target, "tmp")
         try:
             write_file(stage, chunks)

@@ -63,7 +63,7 @@ def record(
         value["kin"] = kin or source.base.kin
     if source.base.quantization_known:
         value["trained_on"] = source.base.quantization or "none"
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":"))  # unsorted: of two patterns the first one wins
 
 
 def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:

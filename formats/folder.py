@@ -9,7 +9,7 @@ from typing import Any
 
 from loraduct.account import Account
 from loraduct.errors import Refused
-from loraduct.files import file_chunks, staged_folder, write_file
+from loraduct.files import file_chunks, resolved, staged_folder, write_file
 from loraduct.formats import companions, mlx, mlx_writer, peft, peft_writer
 from loraduct.formats.json_file import dump
 from loraduct.formats.safetensors_file import serialized
@@ -37,7 +37,7 @@ class Folder:
 
 def check_target(target: Path, source: Path, force: bool) -> None:
     """Refuse a target that can't or must not be written, before anything is read."""
-    target_real, source_real = target.resolve(), source.resolve()
+    target_real, source_real = resolved(target), resolved(source)
     if target_real == source_real or target_real in source_real.parents:
         raise Refused(target, "is the source, or holds it; choose another output folder")
     if source_real in target_real.parents:

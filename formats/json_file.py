@@ -61,5 +61,5 @@ def parse_object(raw: bytes, path: Path, what: str = "file") -> dict[str, Any]:
 
 
 def dump(value: Any) -> bytes:
-    """JSON as PEFT stores it, indented and sorted: an unchanged config comes back byte for byte."""
-    return json.dumps(value, indent=2, sort_keys=True).encode()
+    """JSON as PEFT stores it, indented. In the order given: of two patterns the first one wins."""
+    return json.dumps(value, indent=2).encode()

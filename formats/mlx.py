@@ -158,7 +158,8 @@ def check_config(config: dict[str, Any], file: Path) -> list[Note]:
         raise Refused(
             file, f"lora_parameters.scale is {printable(repr(scale), 60)}, expected a number"
         )
-    if not isinstance(parameters.get("dropout", 0.0), int | float):
+    dropout = parameters.get("dropout", 0.0)
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
         raise Refused(file, "lora_parameters.dropout is not a number")
     keys = parameters.get("keys")
     if keys is not None and (

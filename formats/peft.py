@@ -62,6 +62,11 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     """The adapter in ``folder``; every tensor is accounted for or refused by name."""
     config_file = folder / CONFIG
     config = read_object(config_file)
+    if options.scale is not None:
+        raise Refused(
+            config_file,
+            "has a scale of its own; --scale is for an old adapters.npz without a config",
+        )
     unknown = peft_config.check(config, config_file)
     weights, tensors, metadata = _weights(folder, options)
     check_floats(tensors.values(), weights)
