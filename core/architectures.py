@@ -229,7 +229,7 @@ def _mapped(modules: list[str], name_map: Mapping[str, str], file: Path, reverse
         if target in back:
             raise Refused(
                 file,
-                f"the name map sends it and {printable(back[target])} to {target}",
+                f"the name map sends it and {printable(back[target])} to the same name, {target}",
                 tensor=module,
             )
         back[target] = module

@@ -8,10 +8,11 @@ from types import ModuleType
 
 from loraduct.adapter import Adapter
 from loraduct.errors import NotRecognised, Refused
-from loraduct.files import is_file
+from loraduct.files import check_regular, is_file
 from loraduct.formats.options import ReadOptions
 from loraduct.text import several
 
+CONFIG = "adapter_config.json"
 # name -> (files by which a folder is recognised, what it is); a module is imported when needed
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (
@@ -57,9 +58,14 @@ def locate(path: Path, options: ReadOptions) -> tuple[Path, ReadOptions]:
     if not path.exists() and not path.is_symlink():
         raise NotRecognised(path, "does not exist")
     if is_file(path):
-        weights = path.name.endswith((".safetensors", ".npz")) and path.suffix
-        usual = path.name in ("adapter_model.safetensors", "adapters.safetensors", "adapters.npz")
-        if weights and not usual:  # a checkpoint such as 0000100_adapters.safetensors
+        check_regular(path)
+        usual = [CONFIG, *(name for names, _ in FORMATS.values() for name in names)]
+        weights = path.suffix in (".safetensors", ".npz")
+        if not weights and path.name not in usual:
+            raise NotRecognised(
+                path, f"is neither an adapter folder nor one of its files ({several(usual, 5)})"
+            )
+        if path.name not in usual:  # a checkpoint such as 0000100_adapters.safetensors
             from dataclasses import replace
 
             options = replace(options, weights=path)
@@ -86,7 +92,7 @@ def read(path: Path, options: ReadOptions | None = None) -> Adapter:
     if name is None and options.weights:
         name = "mlx" if "adapters" in options.weights.name else "peft"
     if name is None:
-        if (folder / "adapter_config.json").exists():
+        if (folder / CONFIG).exists():
             raise NotRecognised(
                 folder,
                 "has an adapter_config.json but no weights beside it (adapter_model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.errors import Refused
 from loraduct.files import file_chunks, resolved, staged_folder, write_file
-from loraduct.formats import companions, mlx, mlx_writer, peft, peft_writer
+from loraduct.formats import CONFIG, companions, mlx, mlx_writer, peft, peft_writer
 from loraduct.formats.json_file import dump
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor
@@ -19,7 +19,7 @@ from loraduct.text import several
 WEIGHTS = {"peft": peft.WEIGHTS, "mlx": mlx.WEIGHTS}
 METADATA = {"peft": peft_writer.METADATA, "mlx": mlx_writer.METADATA}
 # what a folder may hold for --force to replace it
-_OURS = ("adapter_config.json", peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.OLD_WEIGHTS)
+_OURS = (CONFIG, peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.OLD_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write(folder: Folder, target: Path | None, *, allow_approximate: bool = Fals
     account = folder.account
     weights = WEIGHTS[folder.format]
     data = serialized(folder.tensors, folder.metadata, account.losses)
-    texts = {"adapter_config.json": dump(dict(folder.config))}
+    texts = {CONFIG: dump(dict(folder.config))}
     if not any(c.name == "README.md" for c in folder.companions):
         texts["README.md"] = folder.card.encode()
     if target is None:

@@ -16,7 +16,7 @@ from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
-from loraduct.formats import companions, mlx_keys
+from loraduct.formats import CONFIG, companions, mlx_keys
 from loraduct.formats.base import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
@@ -25,7 +25,7 @@ from loraduct.formats.safetensors_file import check_floats, read_header
 from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several
 
-CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapters.npz"
+WEIGHTS, OLD_WEIGHTS = "adapters.safetensors", "adapters.npz"
 OLD_SCALE = 20.0  # the fixed scale of mlx-examples/lora, which wrote no config
 _LEAVES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 

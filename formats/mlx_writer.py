@@ -10,8 +10,8 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank
 from loraduct.errors import Refused
-from loraduct.formats import mlx_keys
-from loraduct.formats.mlx import CONFIG, check_config
+from loraduct.formats import CONFIG, mlx_keys
+from loraduct.formats.mlx import check_config
 from loraduct.formats.safetensors_file import ordered
 from loraduct.tensor import Tensor
 from loraduct.text import number

@@ -17,11 +17,11 @@ from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
-from loraduct.formats import companions, peft_config
+from loraduct.formats import CONFIG, companions, peft_config
 from loraduct.formats.base import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
-from loraduct.formats.peft_notes import CONFIG, notes_on
+from loraduct.formats.peft_notes import notes_on
 from loraduct.formats.safetensors_file import check_floats, read_header
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several

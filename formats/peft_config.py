@@ -42,6 +42,8 @@ _OTHER_METHODS = {
 }
 # Initialisations that move the base weight; the file alone is relative to the moved base.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Those that only choose where the factors start (peft 0.21.2, tuners/lora/layer.py).
+_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 _NUMBERS = {
     "r",
@@ -163,6 +165,12 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
             f"init_lora_weights is {printable(init, 40)!r}: training moved the base weight, so the"
             " factors alone are not the update; save it in PEFT with"
             " path_initial_model_for_weight_conversion=..., which gives plain LoRA",
+        )
+    if isinstance(init, str) and init.lower() not in _LEAVES_BASE:
+        raise Refused(
+            file,
+            f"init_lora_weights is {printable(init, 40)!r}, which no PEFT up to 0.21.2 has: whether it"
+            " moves the base weight can't be told; set it to true if it does not",
         )
     return sorted(k for k, v in config.items() if k not in KNOWN and v not in (None, False, {}, []))
 

@@ -8,10 +8,8 @@ from typing import Any
 
 from loraduct.adapter import LowRank, Note, Update
 from loraduct.architectures import block_of
-from loraduct.formats import peft_config
+from loraduct.formats import CONFIG, peft_config
 from loraduct.text import ranges, several
-
-CONFIG = "adapter_config.json"
 
 
 def notes_on(

@@ -12,9 +12,8 @@ from loraduct.account import Account
 from loraduct.adapter import Adapter
 from loraduct.architectures import block_of
 from loraduct.errors import Refused
-from loraduct.formats import peft_config
+from loraduct.formats import CONFIG, peft_config
 from loraduct.formats.peft import PREFIX
-from loraduct.formats.peft_notes import CONFIG
 from loraduct.formats.safetensors_file import ordered
 from loraduct.tensor import Tensor
 from loraduct.text import several

@@ -206,7 +206,9 @@ SCENARIOS = list(LOOPS)
 PAIRS = [pytest.param(s, how, id=f"{s.id}-{how}") for s, hows in LOOPS.items() for how in hows]
 
 
-OURS = re.compile(r"\.(out|adapters\.safetensors|adapter_model\.safetensors)\.(tmp-|lock$|old-)")
+OURS = re.compile(
+    r"\.(src|out|adapters\.safetensors|adapter_model\.safetensors)\.(tmp-|lock$|old-)"
+)
 
 
 def leftovers(room: Path) -> list[str]:
