@@ -7,10 +7,12 @@ is rounded once, in float32 unless another dtype was asked for.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loraduct import origin
 from loraduct.account import Account
@@ -20,7 +22,7 @@ from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, peft_writer
 from loraduct.formats.base import Base, differences
 from loraduct.formats.folder import METADATA, Folder, model_card
-from loraduct.tensor import UNIT_ROUNDOFF, is_power_of_two
+from loraduct.tensor import UNIT_ROUNDOFF, is_exact
 from loraduct.text import printable
 
 NAMING = {"peft": "hf", "mlx": "mlx"}
@@ -49,13 +51,17 @@ def convert(adapter: Adapter, options: Options) -> Folder:
     if base is not None:
         for problem in differences(adapter, base):
             raise problem
-        adapter = replace(adapter, layers=base.layers or adapter.layers)
+        adapter = replace(
+            adapter, layers=base.layers or adapter.layers, base_modules=base.linear_modules
+        )
     kept = _select(adapter, options)
     dropped = [t for name, u in adapter.updates.items() if name not in kept for t in u.tensors]
     selected = replace(adapter, updates=kept)
     if dropped:  # a config that still selects what was left out would describe another adapter
         narrow = {"peft": peft_writer.narrowed, "mlx": mlx_writer.narrowed}[adapter.format]
-        selected = narrow(selected)
+        selected = narrow(
+            selected, {n: u for n, u in adapter.updates.items() if n not in selected.updates}
+        )
     named, names, note = _rename(selected, options)
     if options.to == "mlx":
         _check_head(named, base)
@@ -63,14 +69,17 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         if options.to == "mlx" and adapter.method != "full":
             mlx_writer.check_expressible(named)
         named = uniform(named, widen=options.dtype == "keep")
-    if options.uniform and options.to == "peft":
+    if options.uniform and options.to == "peft" and named.low_rank:
         named = peft_writer.uniform_config(named)
     if options.dtype != "keep":
         named = replace(named, updates=_cast(named, DTYPES[options.dtype]))
     layout = {"peft": peft_writer.layout, "mlx": mlx_writer.layout}[options.to]
     tensors, config, account = layout(named)
     account.drop(dropped)
+    account.set_aside(adapter.set_aside)
     account.check_complete(adapter.tensors())
+    if adapter.format == options.to and "config" in account.fields:
+        account.fields["config"] = _changes(adapter.config, config)
     account.notes += [note] if note else []
     kept_wide = options.dtype in ("f16", "bf16") and adapter.method == "dora"
     if kept_wide and any(
@@ -107,7 +116,13 @@ def _select(adapter: Adapter, options: Options) -> dict[str, Update]:
                     None, f"--{'include' if wanted else 'exclude'} {printable(regex)!r}: {e}"
                 ) from None
             kept = {n: u for n, u in kept.items() if (compiled.search(n) is not None) == wanted}
-    return kept
+    # the trained bias of an adapted module goes where its module goes
+    for name, u in adapter.updates.items():
+        module = name.removesuffix(".bias")
+        if isinstance(u, Replacement) and u.origin == "bias" and module in adapter.updates:
+            kept.pop(name, None)
+            kept |= {name: u} if module in kept else {}
+    return {n: u for n, u in adapter.updates.items() if n in kept}
 
 
 def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, str], str | None]:
@@ -159,9 +174,10 @@ def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
         factor = u.scale / scale if scale else 1.0
         b = u.b if factor == 1.0 else u.b.times(factor)
         bias = u.bias if factor == 1.0 or u.bias is None else u.bias.times(factor)
-        if widen and not is_power_of_two(factor):
+        if widen and not is_exact(factor, b.dtype):
             b = b.to("F32")
-            bias = bias.to("F32") if bias is not None else None
+        if widen and bias is not None and not is_exact(factor, bias.dtype):
+            bias = bias.to("F32")
         done[name] = replace(
             u,
             a=u.a.resized(rank, u.a.shape[1]),
@@ -173,13 +189,14 @@ def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
 
 
 def common_scale(adapter: Adapter) -> float:
-    """The scale to which the fewest modules' scales have a ratio that isn't a power of two."""
-    counts = Counter(u.scale for u in adapter.low_rank.values())
-    candidates = [s for s in counts if s] or [0.0]
+    """The scale to which the fewest modules' scales have a ratio that would round (`is_exact`)."""
+    counts = Counter((u.scale, u.b.dtype) for u in adapter.low_rank.values())
+    scales = Counter(u.scale for u in adapter.low_rank.values())
+    candidates = [s for s in scales if s] or [0.0]
 
     def cost(scale: float) -> tuple[int, int, float]:
-        inexact = sum(n for s, n in counts.items() if scale and not is_power_of_two(s / scale))
-        return inexact, -counts[scale], -abs(scale)
+        inexact = sum(n for (s, d), n in counts.items() if scale and not is_exact(s / scale, d))
+        return inexact, -scales[scale], -abs(scale)
 
     return min(candidates, key=cost)
 
@@ -201,6 +218,13 @@ def _cast(adapter: Adapter, dtype: str) -> dict[str, Update]:
         bias = u.bias.to(dtype) if u.bias is not None else None
         done[name] = LowRank(u.a.to(dtype), u.b.to(dtype), u.scale, magnitude, bias)
     return done
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What of a config is new, in words."""
+    odd = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    shown = "; ".join(f"{k} = {json.dumps(after.get(k))}" for k in odd)
+    return f"as it was, but {shown}" if odd else "kept as it was"
 
 
 def _account_fields(adapter: Adapter, account: Account) -> None:

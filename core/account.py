@@ -19,6 +19,8 @@ ACTIONS = {
     "folded": "multiplied by its module's scale over the common scale",
     "widened": "stored in a wider dtype so that nothing is rounded",
     "rounded": "rounded once to the stored dtype",
+    "zeroed": "its module's scale is 0, and the target has one scale for all",
+    "set aside": "a copy without an effect of its own",
     "dropped": "left out on request",
 }
 
@@ -51,7 +53,7 @@ class Account:
             "transposed" if tensor.transposed else "",
             "padded" if any(n > m for n, m in zip(size, stored, strict=True)) else "",
             "cropped" if any(n < m for n, m in zip(size, stored, strict=True)) else "",
-            "folded" if tensor.factor != 1.0 else "",
+            "zeroed" if tensor.factor == 0.0 else "folded" if tensor.factor != 1.0 else "",
             "rounded" if tensor.rounds else "",
             "widened"
             if UNIT_ROUNDOFF.get(tensor.dtype, 0) < UNIT_ROUNDOFF.get(tensor.stored_dtype, 0)
@@ -63,6 +65,10 @@ class Account:
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors were left out because the user asked for it."""
         self.entries += [Entry(t.name, None, ("dropped",)) for t in tensors]
+
+    def set_aside(self, tensors: Iterable[Tensor]) -> None:
+        """Record that tensors are copies of others and need no place of their own."""
+        self.entries += [Entry(t.name, None, ("set aside",)) for t in tensors]
 
     def check_complete(self, tensors: Iterable[Tensor]) -> None:
         """Every source tensor has exactly one entry; anything else is a bug of ours."""
@@ -81,9 +87,15 @@ class Account:
         relative, name = max(measured)
         return name, relative
 
+    def _done(self, entry: Entry) -> list[str]:
+        """Its actions; a rounding that was measured to lose nothing is none."""
+        loss = self.losses.get(entry.target or "")
+        exact = loss is not None and loss.size > 0 and loss.error == 0
+        return [a for a in entry.actions if not (exact and a == "rounded")] or ["carried"]
+
     def lines(self) -> list[str]:
         """The account for people."""
-        counts = Counter(a for e in self.entries for a in e.actions)
+        counts = Counter(a for e in self.entries for a in self._done(e))
         out = [f"  {counts[a]:>5} {a:<10} {text}" for a, text in ACTIONS.items() if counts[a]]
         factors = sorted({e.factor for e in self.entries if e.factor != 1.0})
         if factors:
@@ -103,7 +115,7 @@ class Account:
         worst = self.worst_loss
         return {
             "tensors": [
-                {"source": e.source, "target": e.target, "actions": list(e.actions)}
+                {"source": e.source, "target": e.target, "actions": self._done(e)}
                 | ({"factor": e.factor} if e.factor != 1.0 else {})
                 | (
                     {"relative_error": self.losses[e.target].relative}

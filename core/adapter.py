@@ -99,6 +99,8 @@ class Adapter:
     companions: tuple[Path, ...] = ()
     notes: tuple[Note, ...] = ()
     layers: int | None = None  # blocks of the base, when known
+    base_modules: frozenset[str] = frozenset()  # linear modules of the base, when known
+    set_aside: tuple[Tensor, ...] = ()  # copies of other tensors, without an effect of their own
 
     @property
     def low_rank(self) -> dict[str, LowRank]:
@@ -111,9 +113,10 @@ class Adapter:
         return {m: u for m, u in self.updates.items() if isinstance(u, Replacement)}
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors, in the order of the updates."""
+        """All tensors, in the order of the updates; copies last."""
         for update in self.updates.values():
             yield from update.tensors
+        yield from self.set_aside
 
     @property
     def rank(self) -> int:

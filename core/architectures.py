@@ -26,6 +26,10 @@ _DIFFERENCE = {
     "split_other": "it is split into parts",
 }
 
+_ROUTER = (
+    "is the router {}, which transformers 5 keeps as a parameter and PEFT can't target as a linear"
+    " layer; leave it out with --exclude"
+)
 # What a module is, by the last part of its name. Parents matter for two names only.
 _ATTENTION = (
     "q_proj",
@@ -121,8 +125,27 @@ def table() -> dict[str, dict[str, Any]]:
         model_type: {
             "equal": sets.get(entry.get("equal"), frozenset()),
             "other": entry.get("other", {}),
+            "router": entry.get("router"),
         }
         for model_type, entry in raw["models"].items()
+    }
+
+
+def siblings(modules: Iterable[str]) -> set[str]:
+    """What else lies in the same blocks, in any architecture that has all of ``modules``."""
+    modules = list(modules)
+    patterns = {pattern_of(m) for m in modules}
+    blocks = {b[:2] for m in modules if (b := block_of(m))}
+    found: set[str] = set()
+    for entry in table().values():
+        everything = entry["equal"] | entry["other"].keys()
+        if patterns <= everything:
+            found |= everything
+    return {
+        f"{path}.{i}.{p.split('.{}.', 1)[1]}"
+        for path, i in blocks
+        for p in found
+        if p.startswith(f"{path}.{{}}.")
     }
 
 
@@ -158,8 +181,14 @@ def renamer(
         for pattern, module in patterns.items():
             if pattern not in known[model_type]["equal"]:
                 raise Refused(file, _difference(pattern, [model_type]), tensor=module)
+            if reverse and pattern == known[model_type]["router"]:
+                raise Refused(file, _ROUTER.format(f"of {model_type}"), tensor=module)
         return _same, None
     if any(all(p in entry["equal"] for p in patterns) for entry in known.values()):
+        for module in modules if reverse else ():
+            if any(pattern_of(module) == e["router"] for e in known.values()):
+                what = "of this architecture (or of one that --base BASE rules out)"
+                raise Refused(file, _ROUTER.format(what), tensor=module)
         others = [m for m, e in known.items() if all(p in e["other"] for p in patterns)]
         if not others or not patterns:
             return _same, None

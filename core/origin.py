@@ -48,7 +48,8 @@ def record(
         # a dtype that was asked for holds for all; one that folding alone chose is undone
         dtype = old.b.dtype if old.a.dtype == new.a.dtype else new.b.dtype
         if (old.rank, old.scale, dtype) != (new.rank, new.scale, new.b.dtype):
-            changed[name] = [old.rank, old.scale, dtype]
+            bias = [old.bias.dtype] if old.bias is not None else []
+            changed[name] = [old.rank, old.scale, dtype, *bias]
     value: dict[str, Any] = {
         "version": __version__,
         "format": source.format,
@@ -88,12 +89,11 @@ def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def _is_change(change: Any) -> bool:
     return (
         isinstance(change, list)
-        and len(change) == 3
+        and len(change) in (3, 4)
         and type(change[0]) is int
         and change[0] > 0
         and isinstance(change[1], int | float)
-        and change[1] != 0
-        and change[2] in FLOATS
+        and all(dtype in FLOATS for dtype in change[2:])
     )
 
 
@@ -108,14 +108,18 @@ def restore(
     if value is None or value["state"] != state_of(updates):
         return dict(updates), None
     restored = dict(updates)
-    for name, (rank, scale, dtype) in value.get("modules", {}).items():
+    for name, (rank, scale, *dtypes) in value.get("modules", {}).items():
         update = updates.get(name)
         if not isinstance(update, LowRank) or rank > update.rank:
             return dict(updates), None
-        b = update.b.resized(update.b.shape[0], rank)
-        if scale != update.scale:
-            b = b.times(update.scale / scale)
+        # a module whose scale was 0 has lost its b to the folding: it stays as it is
+        factor = update.scale / scale if scale else 1.0
+        bias = update.bias and update.bias.times(factor).to(dtypes[-1])
         restored[name] = replace(
-            update, a=update.a.resized(rank, update.a.shape[1]), b=b.to(dtype), scale=scale
+            update,
+            a=update.a.resized(rank, update.a.shape[1]),
+            b=update.b.resized(update.b.shape[0], rank).times(factor).to(dtypes[0]),
+            bias=bias,
+            scale=scale,
         )
     return restored, value

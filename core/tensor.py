@@ -119,7 +119,7 @@ class Tensor:
         narrower = UNIT_ROUNDOFF.get(self.dtype, 0) > UNIT_ROUNDOFF.get(self.stored_dtype, 0)
         swapped = {self.dtype, self.stored_dtype} == {"F16", "BF16"}
         wide = self.dtype == "F32" and self.stored_dtype in ("F16", "BF16")
-        return narrower or swapped or (not is_power_of_two(self.factor) and not wide)
+        return narrower or swapped or (not is_exact(self.factor, self.dtype) and not wide)
 
     @property
     def T(self) -> Tensor:
@@ -280,6 +280,14 @@ class Tensor:
 def is_power_of_two(factor: float) -> bool:
     """Whether multiplying a float by ``factor`` is exact (short of overflow and underflow)."""
     return abs(math.frexp(factor)[0]) == 0.5
+
+
+def is_exact(factor: float, dtype: str) -> bool:
+    """Whether ``factor`` times a trained value stays exact in ``dtype``.
+
+    F16 has no room below: its normal numbers end at 6e-5, and factors of LoRA reach that.
+    """
+    return is_power_of_two(factor) and (abs(factor) >= 1 or dtype != "F16")
 
 
 def _numpy_dtype(dtype: str) -> str:

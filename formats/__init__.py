@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -66,13 +67,11 @@ def locate(path: Path, options: ReadOptions) -> tuple[Path, ReadOptions]:
                 path, f"is neither an adapter folder nor one of its files ({several(usual, 5)})"
             )
         if path.name not in usual:  # a checkpoint such as 0000100_adapters.safetensors
-            from dataclasses import replace
-
             options = replace(options, weights=path)
         return path.parent, options
     found = adapters_in(path)
     if options.adapter and options.adapter in found:
-        return found[options.adapter], options
+        return found[options.adapter], replace(options, adapter=None)
     if "default" in found:
         return path, options
     if len(found) == 1:
@@ -104,4 +103,8 @@ def read(path: Path, options: ReadOptions | None = None) -> Adapter:
             else "holds no adapter that loraduct reads (PEFT or MLX folder)"
         )
         raise NotRecognised(folder, hint)
+    if name == "mlx" and options.adapter not in (None, "default"):
+        raise Refused(
+            folder, f"is an MLX folder, which holds one adapter; there is no {options.adapter!r}"
+        )
     return module_of(name).read(folder, options)  # type: ignore[no-any-return]

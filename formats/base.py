@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import block_of
+from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.json_file import read_object
 from loraduct.formats.safetensors_file import read_header
-from loraduct.tensor import FLOATS, Tensor, as_float32
+from loraduct.tensor import FLOATS, UNIT_ROUNDOFF, Tensor, as_float32
+from loraduct.text import printable
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Architectures whose linear layers are transformers' Conv1D: their weights are stored (in, out).
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _KIN_TENSORS, _KIN_VALUES = 8, 32
+_TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 # How quantised bases are named on model hubs; adapter files have no field for it.
 _QUANTIZED_NAMES = (
     (r"bnb-4bit|nf4", "4-bit bitsandbytes"),
@@ -71,6 +75,17 @@ class Base:
         value = self.config.get("quantization")
         return value if isinstance(value, dict) else None
 
+    @cached_property
+    def linear_modules(self) -> frozenset[str]:
+        """Modules with a matrix for a weight; none known without weights."""
+        if not self.has_weights:
+            return frozenset()
+        return frozenset(
+            n.removesuffix(".weight")
+            for n, t in self.tensors.items()
+            if n.endswith(".weight") and len(t.shape) == 2
+        )
+
     @property
     def has_weights(self) -> bool:
         """Whether the folder holds weights beside its config."""
@@ -99,17 +114,42 @@ class Base:
             found |= read_header(file)[0]
         return found
 
+    def weight_of(self, parameter: str) -> Tensor | None:
+        """The tensor of a parameter, or None; a head that is tied has the embedding's."""
+        found = self.tensors.get(parameter)
+        if found is None and parameter.endswith(_TIED_HEADS) and self.tied is not False:
+            embeddings = [
+                t
+                for n, t in self.tensors.items()
+                if n.endswith(".weight")
+                and not block_of(n)
+                and kind_of_module(n.removesuffix(".weight")) == "embedding"
+            ]
+            found = embeddings[0] if len(embeddings) == 1 else None
+        return found
+
     def shape_of(self, module: str) -> tuple[int, ...] | None:
         """(out, in) of a linear layer's weight, unpacked if quantised; None when there is none."""
-        tensor = self.tensors.get(f"{module}.weight")
+        tensor = self.weight_of(f"{module}.weight")
         if tensor is None or len(tensor.shape) != 2:
             return None
         rows, cols = tensor.shape
         if tensor.stored_dtype == "U32" and self.quantization:
-            own = self.quantization.get(module)
-            bits = (own if isinstance(own, dict) else self.quantization).get("bits", 4)
-            return rows, cols * 32 // int(bits)
+            return rows, cols * 32 // self._bits(tensor.name.removesuffix(".weight"))
         return rows, cols
+
+    def _bits(self, module: str) -> int:
+        """Bits of a packed weight: the module's own, or the config's."""
+        settings, field = self.quantization or {}, "quantization.bits"
+        if isinstance(own := settings.get(module), dict):
+            settings, field = own, f"quantization.{module}.bits"
+        bits = settings.get("bits", 4)
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise Refused(
+                self.path / "config.json",
+                f"{field} is {printable(repr(bits), 60)}, expected an integer from 1 to 8",
+            )
+        return bits
 
     @cached_property
     def kin(self) -> str | None:
@@ -160,12 +200,26 @@ def correlation(kin: str, other: str) -> float | None:
 
 
 def differences(adapter: Adapter, base: Base) -> list[Refused]:
-    """Why ``base`` is not the adapter's: shapes that differ, or the recorded sample of weights."""
+    """Why ``base`` is not the adapter's: modules it lacks, shapes, or the recorded sample."""
     found: list[Refused] = []
+    for module, u in adapter.low_rank.items():
+        block = block_of(module)
+        if block and base.layers is not None and block[1] >= base.layers:
+            what = (
+                f"block {block[1]}, the base {base.path} has {base.layers}: made for another base"
+            )
+            found.append(Refused(adapter.weights, what, tensor=u.a.name))
     if not base.has_weights:
         return found
+    shapes = {m: base.shape_of(m) for m in adapter.low_rank}
+    alike_named = any(shapes.values())  # else the base has other names, and nothing can be said
     for module, u in adapter.low_rank.items():
-        shape, wanted = base.shape_of(module), (u.b.shape[0], u.a.shape[1])
+        shape, wanted = shapes[module], (u.b.shape[0], u.a.shape[1])
+        if shape is None and alike_named and kind_of_module(module) != "output head":
+            what = f"the base {base.path} has no weight {module}.weight: made for another base"
+            found.append(Refused(adapter.weights, what, tensor=u.a.name))
+        if base.text_config.get("model_type") in _CONV1D and shape == wanted[::-1]:
+            continue
         if shape is not None and shape != wanted:
             found.append(
                 Refused(
@@ -175,6 +229,7 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
                     tensor=u.a.name,
                 )
             )
+    found += [p for t in adapter.set_aside if (p := _differs_from_base(t, base, adapter.weights))]
     if adapter.base.kin and base.kin:
         alike = correlation(adapter.base.kin, base.kin)
         if alike is not None and alike < 0.99:
@@ -186,6 +241,35 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
                 )
             )
     return found
+
+
+def _differs_from_base(copy: Tensor, base: Base, file: Path) -> Refused | None:
+    """Whether a saved copy of one of the base's own weights (an embedding's) has other values."""
+    import numpy as np
+
+    name = copy.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    own = base.tensors.get(name)
+    if own is None and base.tied and kind_of_module(name.rpartition(".")[0]) == "output head":
+        own = next((t for n, t in base.tensors.items() if n.endswith("embed_tokens.weight")), None)
+    if own is None or own.stored_dtype not in FLOATS:
+        return None
+    bound = 2 * max(UNIT_ROUNDOFF[copy.stored_dtype], UNIT_ROUNDOFF[own.stored_dtype])
+    if copy.shape == own.shape:
+        step = max(1, (1 << 20) // copy.shape[-1])
+        for i in range(0, copy.shape[0], step):
+            j = min(i + step, copy.shape[0])
+            a, b = (as_float32(t.rows(i, j, finite=False), t.dtype) for t in (copy, own))
+            if not np.allclose(a, b, rtol=bound, atol=1e-6):
+                break
+        else:
+            return None
+    return Refused(
+        file,
+        "is a copy of the base's own weight, which PEFT loads over it, but its shape or values are"
+        " not the base's: the vocabulary was resized, or it was trained; save the changed base, or"
+        " leave it out by saving with save_embedding_layers=False",
+        tensor=copy.name,
+    )
 
 
 def read(path: Path) -> Base:
@@ -210,21 +294,41 @@ def misread_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes only ``rope_parameters``; most model files of mlx-lm 0.32.2 read only
     top-level ``rope_theta``/``rope_scaling`` and fall back to their defaults without a word.
     """
-    missing: dict[str, Any] = {}
+    return {k: v for k, v in _old_rope(config).items() if config.get(k) in (None, {})}
+
+
+def rope_conflicts(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Old-style fields that say something else than ``rope_parameters``: (old, new) by name."""
+    return {
+        k: (config[k], v)
+        for k, v in _old_rope(config).items()
+        if config.get(k) not in (None, {}) and _differs(config[k], v)
+    }
+
+
+def _old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``rope_parameters`` says, in the old form."""
+    found: dict[str, Any] = {}
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
-        return missing
+        return found
     local = rope.get("sliding_attention")
     if isinstance(rope.get("full_attention"), dict):
         rope = rope["full_attention"]
-    if "rope_theta" in rope and config.get("rope_theta") != rope["rope_theta"]:
-        missing["rope_theta"] = rope["rope_theta"]
-    if isinstance(local, dict) and "rope_theta" in local and "rope_local_base_freq" not in config:
-        missing["rope_local_base_freq"] = local["rope_theta"]
-    kind = rope.get("rope_type", "default")
-    if kind != "default" and not config.get("rope_scaling"):
-        missing["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    factor = rope.get("partial_rotary_factor")
-    if factor is not None and config.get("partial_rotary_factor") is None:
-        missing["partial_rotary_factor"] = factor
-    return missing
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if isinstance(local, dict) and "rope_theta" in local:
+        found["rope_local_base_freq"] = local["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if rope.get("partial_rotary_factor") is not None:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found
+
+
+def _differs(old: Any, new: Any) -> bool:
+    """Whether two values of a field differ; of two objects, where both have a key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        old = {"rope_type": old.get("type"), **old}  # transformers 4 wrote "type"
+        return any(old[k] not in (None, v) for k, v in new.items() if k in old)
+    return bool(old != new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from loraduct.account import Account
 from loraduct.errors import Refused
-from loraduct.files import file_chunks, resolved, staged_folder, write_file
+from loraduct.files import file_chunks, read_bytes, resolved, staged_folder, write_file
 from loraduct.formats import CONFIG, companions, mlx, mlx_writer, peft, peft_writer
 from loraduct.formats.json_file import dump
 from loraduct.formats.safetensors_file import serialized
@@ -87,9 +88,20 @@ def write(folder: Folder, target: Path | None, *, allow_approximate: bool = Fals
         for name, text in texts.items():
             account.files[name] = _write_counted(stage / name, [text])
         for companion in folder.companions:
+            told = companion.name == "README.md" and _retold(companion, folder.format)
             account.files[companion.name] = _write_counted(
-                stage / companion.name, file_chunks(companion)
+                stage / companion.name, [told] if told else file_chunks(companion)
             )
+
+
+def _retold(card: Path, library: str) -> bytes | None:
+    """A model card that names the library that loads the folder now; None if it names none."""
+    text = read_bytes(card, companions.LIMIT)
+    front = re.match(rb"---\r?\n.*?\n---", text, re.DOTALL)
+    line = front and re.search(rb"^library_name:[^\r\n]*", front[0], re.MULTILINE)
+    if not line:
+        return None
+    return text[: line.start()] + b"library_name: " + library.encode() + text[line.end() :]
 
 
 def _write_counted(path: Path, chunks: Iterable[Any]) -> int:

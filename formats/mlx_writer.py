@@ -8,7 +8,7 @@ from math import isclose
 from typing import Any
 
 from loraduct.account import Account
-from loraduct.adapter import Adapter, LowRank
+from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, mlx_keys
 from loraduct.formats.mlx import check_config
@@ -89,8 +89,9 @@ def _config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
     }
     if adapter.base.name:
         config["model"] = adapter.base.name
+    sure = "" if adapter.base_modules else f" of the {adapter.layers} that the adapter implies"
     how = (
-        f"{len(keys)} relative to the last {last} blocks (mlx-swift reads them too)"
+        f"{len(keys)} relative to the last {last} blocks{sure} (mlx-swift reads them too)"
         if relative
         else f"{len(keys)} full paths (mlx-lm in Python reads them; mlx-swift does not)"
     )
@@ -113,8 +114,9 @@ def _describes(config: Mapping[str, Any], adapter: Adapter, update: LowRank) -> 
     return all(chosen.values())
 
 
-def narrowed(adapter: Adapter) -> Adapter:
-    """The adapter's config cut down to the updates that are left."""
+def narrowed(adapter: Adapter, dropped: Mapping[str, Update]) -> Adapter:
+    """The adapter's config cut down to the updates that are left (full paths need no ``dropped``)."""
+    del dropped
     config = dict(adapter.config)
     if adapter.low_rank:
         keys, last, _ = mlx_keys.keys_for(list(adapter.low_rank), adapter.layers)

@@ -11,7 +11,8 @@ from loraduct.tensor import Tensor
 from loraduct.text import printable
 
 LIMIT = 256 << 20  # bytes of all arrays together
-_DTYPES = {"float32": "F32", "float16": "F16"}
+# numpy has no bfloat16: mlx's arrays of it come as two raw bytes
+_DTYPES = {"float32": "F32", "float16": "F16", "void16": "BF16"}
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -37,10 +38,12 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 dtype = _DTYPES.get(array.dtype.name)
                 if dtype is None:
                     raise Refused(
-                        path, f"dtype {array.dtype}, expected float32 or float16", tensor=name
+                        path,
+                        f"dtype {array.dtype}, expected float32, float16 or bfloat16",
+                        tensor=name,
                     )
                 raw = np.ascontiguousarray(array)
-                data = raw.view(np.uint16) if dtype == "F16" else raw
+                data = raw if dtype == "F32" else raw.view(np.uint16)
                 found[name] = Tensor(name, dtype, array.shape, data=data, path=path)
     except (
         zipfile.BadZipFile,

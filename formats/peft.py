@@ -8,7 +8,6 @@ biases stand under their plain names, with ``.base_layer.bias`` for targeted mod
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,8 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     if not parts and not plain:
         raise Refused(weights, "holds no tensors; an adapter without weights does nothing")
     updates: dict[str, Update] = dict(_low_rank(parts, config, config_file, weights))
-    updates |= _replacements(plain, parts, config, weights)
+    replaced, copies = _replacements(plain, parts, config, weights)
+    updates |= replaced
     record = None
     if options.restore:
         updates, record = origin.restore(updates, metadata)
@@ -96,6 +96,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
         companions=files,
         notes=tuple(notes + base_notes),
         layers=_layers(config, updates),
+        set_aside=copies,
     )
 
 
@@ -119,50 +120,65 @@ def _sorted_by_module(
     tensors: Mapping[str, Tensor], file: Path, chosen: str | None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(module -> part -> tensor) of the low-rank tensors, and the plain parameters by name."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, Tensor] = {}
-    names: Counter[str] = Counter()
+    low_rank: list[tuple[str, str, str | None, Tensor]] = []
+    plain: list[tuple[str, str | None, Tensor]] = []
     for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            mlx = ".lora_a" in key or ".lora_b" in key
-            raise Refused(
-                file,
-                f"key does not begin with {PREFIX!r}: "
-                + ("these are MLX names" if mlx else "PEFT would silently load none of it")
-                + "; save it with PEFT's save_pretrained",
-                tensor=key,
-            )
-        words = key[len(PREFIX) :].split(".")
-        other = next((w for w in words if w in _OTHER_MARKS), None)
-        if other:
-            raise Refused(
-                file, f"is of {_OTHER_MARKS[other]}, which this version doesn't carry", tensor=key
-            )
+        words = _words(key, file)
         mark = next((i for i, w in enumerate(words) if w in _MARKS), None)
-        if mark is None:
-            plain[key] = tensor
+        if mark is not None:
+            low_rank.append((*_part(words, mark, file, key), tensor))
+        elif "modules_to_save" in words[:-2]:  # a raw dump: module.modules_to_save.NAME.weight
+            plain.append((key, words[words.index("modules_to_save") + 1], tensor))
+        else:
+            plain.append((key, None, tensor))
+    name = _choose([n for *_, n, _ in low_rank if n] + [n for _, n, _ in plain if n], chosen, file)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for module, part, own, tensor in low_rank:
+        if own not in (None, name):
             continue
-        module, part, name = _part(words, mark, file, key)
-        if name is not None:
-            names[name] += 1
-            if chosen is not None and name != chosen:
-                continue
-        elif chosen is None:
-            names[""] += 1
         slot = parts.setdefault(module, {})
         if part in slot:
             raise Refused(
                 file,
                 f"is there twice, also as {printable(slot[part].name)}; PEFT takes either",
-                tensor=key,
+                tensor=tensor.name,
             )
         slot[part] = tensor
-    named = [n for n in names if n]
-    if chosen is None and len(named) > 1:
+    return parts, {key: tensor for key, own, tensor in plain if own in (None, name)}
+
+
+def _words(key: str, file: Path) -> list[str]:
+    """The parts of a key behind PEFT's prefix; keys of other methods are refused by name."""
+    if not key.startswith(PREFIX):
+        mlx = ".lora_a" in key or ".lora_b" in key
         raise Refused(
-            file, f"holds several adapters ({several(named)}); choose one with --adapter NAME"
+            file,
+            f"key does not begin with {PREFIX!r}: "
+            + ("these are MLX names" if mlx else "PEFT would silently load none of it")
+            + "; save it with PEFT's save_pretrained",
+            tensor=key,
         )
-    return parts, plain
+    words = key[len(PREFIX) :].split(".")
+    if other := next((w for w in words if w in _OTHER_MARKS), None):
+        raise Refused(
+            file, f"is of {_OTHER_MARKS[other]}, which this version doesn't carry", tensor=key
+        )
+    return words
+
+
+def _choose(names: list[str], chosen: str | None, file: Path) -> str | None:
+    """Which adapter of a file is meant, by the names inside its keys."""
+    known = list(dict.fromkeys(names))
+    if chosen is None and len(known) > 1:
+        raise Refused(
+            file, f"holds several adapters ({several(known)}); choose one with --adapter NAME"
+        )
+    if chosen is not None and chosen not in (known or ["default"]):
+        raise Refused(
+            file,
+            f"holds no adapter {printable(chosen, 80)!r}, only {several(known or ['default'])}",
+        )
+    return chosen or (known[0] if known else None)
 
 
 def _part(words: list[str], mark: int, file: Path, key: str) -> tuple[str, str, str | None]:
@@ -255,11 +271,15 @@ def _replacements(
     parts: Mapping[str, Any],
     config: Mapping[str, Any],
     weights: Path,
-) -> dict[str, Replacement]:
-    """Plain parameters: biases and modules_to_save; anything else would overwrite the base."""
+) -> tuple[dict[str, Replacement], tuple[Tensor, ...]]:
+    """Plain parameters: biases and modules_to_save, and the copies that say nothing of their own.
+
+    Anything else would overwrite the base, and is refused.
+    """
     saved = config.get("modules_to_save") or []
     bias = config.get("bias", "none")
     found: dict[str, Replacement] = {}
+    copies: list[Tensor] = []
     for key, tensor in plain.items():
         words = key[len(PREFIX) :].split(".")
         if "modules_to_save" in words:  # a raw dump: module.modules_to_save[.name].weight
@@ -268,26 +288,37 @@ def _replacements(
         module, _, leaf = ".".join(words).rpartition(".")
         target = module.removesuffix(".base_layer")
         inside = module != target  # PEFT moves the bias of an adapted module into base_layer
+        if leaf == "weight" and inside and kind_of_module(target) in ("embedding", "output head"):
+            copies.append(tensor)  # save_embedding_layers="auto" writes it; see `differences`
+            continue
+        if "original_module" in words and bias == "all" and leaf == "bias":
+            copies.append(tensor)  # the bias that modules_to_save has put aside
+            continue
         allowed = bias == "all" or (bias == "lora_only" and inside)
         if leaf == "bias" and allowed and inside == (target in parts):
-            found[f"{target}.bias"] = Replacement(tensor, "bias")
-            continue
-        # PEFT matches by the end of the path, without a dot: "norm" also saves input_layernorm
-        if module == target and any(module.endswith(s) or f".{s}." in f".{module}." for s in saved):
-            name = f"{module}.{leaf}"
-            if name in found:
-                raise Refused(weights, "is there twice", tensor=key)
-            found[name] = Replacement(tensor, "modules_to_save")
-            continue
-        what = (
-            "is a copy of the base's own weight, saved because an embedding or the head is targeted;"
-            " save with save_embedding_layers=False"
-            if module != target and leaf == "weight"
-            else "is neither a LoRA factor nor in modules_to_save or bias: PEFT would silently"
-            " overwrite the base's weight with it; remove it from the file"
-        )
-        raise Refused(weights, what, tensor=key)
-    return found
+            name, origin_ = f"{target}.bias", "bias"
+        elif module == target and peft_config.saves(saved, module):
+            name, origin_ = f"{module}.{leaf}", "modules_to_save"
+        else:
+            raise Refused(
+                weights,
+                "is neither a LoRA factor nor in modules_to_save or bias: PEFT would silently"
+                " overwrite the base's weight with it; remove it from the file",
+                tensor=key,
+            )
+        if name not in found:
+            found[name] = Replacement(tensor, origin_)
+        elif _same(tensor, found[name].weight):
+            copies.append(tensor)  # bias="all" saves the biases of modules_to_save twice
+        else:
+            raise Refused(weights, f"is there twice, also as {found[name].weight.name}", tensor=key)
+    return found, tuple(copies)
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and all(
+        a.tobytes() == b.tobytes() for a, b in zip(one.chunks(), two.chunks(), strict=True)
+    )
 
 
 def _layers(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | None:

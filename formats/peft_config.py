@@ -156,7 +156,9 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
         ):
             raise Refused(file, f"{field} is {printable(repr(value), 80)}, expected {expected}")
     for field, name in _OTHER_METHODS.items():
-        if config.get(field):
+        value = config.get(field)
+        # PEFT asks whether these are None: an empty one counts
+        if value or (value is not None and field.endswith(("_config", "_tokens"))):
             raise Refused(file, f"{field} is set: {name}; this version doesn't carry it")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
@@ -218,6 +220,17 @@ def _named(names: str | Sequence[str], modules: Sequence[str], file: Path, what:
     return [m in exact or any(m.endswith(f".{n}") for n in exact) for m in modules]
 
 
+def saves(names: Sequence[str], module: str) -> str | None:
+    """Which of modules_to_save covers ``module``: itself or a parent, whose path ends with the name.
+
+    PEFT (0.21.2, `utils/other.py:_set_trainable`) compares ends of paths without a dot: ``norm``
+    covers ``input_layernorm`` too.
+    """
+    parts = module.split(".")
+    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((n for n in names if any(p.endswith(n) for p in parents)), None)
+
+
 def targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> list[bool]:
     """Which modules PEFT gives an adapter to when it loads this config."""
     targets = config.get("target_modules")
@@ -238,7 +251,12 @@ def targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> l
     if excluded := config.get("exclude_modules"):
         out = _named(excluded, modules, file, "exclude_modules")
         wanted = [w and not o for w, o in zip(wanted, out, strict=True)]
-    return wanted
+    # peft 0.21.2, tuners_utils.py: what lies within a module to save gets no adapter
+    saved = config.get("modules_to_save") or []
+    return [
+        w and not any(f".{s}." in f".{m}." for s in saved)
+        for w, m in zip(wanted, modules, strict=True)
+    ]
 
 
 def _layer(module: str, prefixes: Sequence[str], file: Path) -> int | None:

@@ -18,6 +18,26 @@ def notes_on(
     """Traps that don't make the adapter wrong but surprise people."""
     notes = []
     modules = [m for m, u in updates.items() if isinstance(u, LowRank)]
+    # what PEFT does with a module that it targets and finds no tensors for
+    missing = (
+        "PEFT only warns, and gives it RANDOM factors, because init_lora_weights is false"
+        if config.get("init_lora_weights") is False
+        else "PEFT only warns, and it has no effect"
+    )
+    saved = [n.rpartition(".")[0] for n, u in updates.items() if not isinstance(u, LowRank)]
+    unsaved = [
+        s
+        for s in config.get("modules_to_save") or []
+        if not any(peft_config.saves([s], m) for m in saved)
+    ]
+    if unsaved:
+        notes.append(
+            Note(
+                "unsaved-module",
+                f"modules_to_save names {several(unsaved)} but the file has no tensors for it: PEFT"
+                " can't load the folder where the base has such a module",
+            )
+        )
     if unknown:
         notes.append(
             Note(
@@ -40,8 +60,8 @@ def notes_on(
             notes.append(
                 Note(
                     "target-without-tensors",
-                    f"target_modules names {several(absent)} but the file has no tensors for it: PEFT"
-                    " only warns, and it has no effect",
+                    f"target_modules names {several(absent)} but the file has no tensors for it:"
+                    f" {missing}",
                 )
             )
         gaps = _gaps(modules)
@@ -49,7 +69,7 @@ def notes_on(
             notes.append(
                 Note(
                     "missing-modules",
-                    f"layers without {several(gaps)}: where the base has it, PEFT only warns and it has no effect",
+                    f"layers without {several(gaps)}: where the base has it, {missing}",
                 )
             )
     if (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isclose
 from typing import Any
 
+from loraduct import architectures
 from loraduct.account import Account
-from loraduct.adapter import Adapter
+from loraduct.adapter import Adapter, LowRank, Replacement, Update
 from loraduct.architectures import block_of
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, peft_config
@@ -80,9 +81,9 @@ def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "bias": "none",
         "modules_to_save": None,
         "layers_pattern": None,
-        "init_lora_weights": True,
     }
     config |= {k: past[k] for k in config if k in past} | {
+        "init_lora_weights": True,  # false would fill what PEFT misses with random numbers
         "r": rank,
         "lora_alpha": _alpha(rank, scale),
         "use_rslora": False,
@@ -95,13 +96,15 @@ def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], d
             if _alpha(u.rank, u.scale) != _alpha(rank, scale)
         },
     }
-    targets = targets_of(list(updates), adapter.layers)
+    targets = targets_of(adapter)
     config |= targets
     if past.get("target_modules") is not None and not targets["layers_to_transform"]:
         kept = {
             k: past.get(k) for k in ("target_modules", "exclude_modules", "layers_to_transform")
         }
-        if all(peft_config.targeted(kept, list(updates), adapter.path)):
+        modules = [*updates, *(set(adapter.base_modules) - set(updates))]
+        exact = [True] * len(updates) + [False] * (len(modules) - len(updates))
+        if peft_config.targeted(kept, modules, adapter.path) == exact:
             config |= kept
     fields = {
         "r": str(rank),
@@ -121,21 +124,33 @@ def _alpha(rank: int, scale: float) -> int | float:
     return int(alpha) if alpha == int(alpha) and int(alpha) / rank == scale else alpha
 
 
-def targets_of(modules: list[str], n_layers: int | None) -> dict[str, Any]:
-    """target_modules and layers_to_transform that select exactly ``modules``."""
-    blocks = [block_of(m) for m in modules]
-    if all(blocks) and len({b[0] for b in blocks if b}) == 1:
-        layers = sorted({b[1] for b in blocks if b})
-        relative = sorted({b[2] for b in blocks if b})
-        if len(layers) * len(relative) == len(modules):
-            leaves = [r.rsplit(".", 1)[-1] for r in relative]
-            names = leaves if len(set(leaves)) == len(leaves) else relative
-            every = n_layers is not None and layers == list(range(n_layers))
-            return {
-                "target_modules": sorted(names),
-                "layers_to_transform": None if every else layers,
-            }
+def targets_of(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str, Any]:
+    """target_modules and layers_to_transform that select exactly the adapted modules.
+
+    The shortest form that selects none of the other modules: those of the base when it is known,
+    those of every architecture that fits when not, and those that were left out.
+    """
+    modules = list(adapter.low_rank)
+    others = {*dropped, *(adapter.base_modules or architectures.siblings(modules))} - set(modules)
+    names = [*modules, *others]
+    exact = [True] * len(modules) + [False] * len(others)
+    for form in _forms(modules, adapter.layers):
+        if peft_config.targeted(form, names, adapter.path) == exact:
+            return form
     return {"target_modules": sorted(modules), "layers_to_transform": None}
+
+
+def _forms(modules: list[str], n_layers: int | None) -> Iterator[dict[str, Any]]:
+    """Last names, then paths within the block; for all blocks, or for the blocks there are."""
+    blocks = [b for m in modules if (b := block_of(m))]
+    layers = sorted({b[1] for b in blocks})
+    relative = sorted({b[2] for b in blocks})
+    if len(blocks) < len(modules) or len(layers) * len(relative) != len(modules):
+        return
+    every = n_layers is not None and layers == list(range(n_layers))
+    leaves = {r.rsplit(".", 1)[-1] for r in relative}
+    for names in ([sorted(leaves)] if len(leaves) == len(relative) else []) + [relative]:
+        yield {"target_modules": names, "layers_to_transform": None if every else layers}
 
 
 def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account]:
@@ -183,15 +198,27 @@ def uniform_config(adapter: Adapter) -> Adapter:
     return replace(adapter, config=config, format="peft", origin=None)
 
 
-def narrowed(adapter: Adapter) -> Adapter:
-    """The adapter's config cut down to the updates that are left."""
+def narrowed(adapter: Adapter, dropped: Mapping[str, Update]) -> Adapter:
+    """The adapter's config cut down to the updates that are left when ``dropped`` are not."""
     config = dict(adapter.config)
-    config |= targets_of(list(adapter.low_rank), adapter.layers) | {"exclude_modules": None}
-    left = {
-        name.rpartition(".")[0] for name, r in adapter.replacements.items() if r.origin != "bias"
-    }
-    saved = [s for s in config.get("modules_to_save") or [] if any(m.endswith(s) for m in left)]
-    config["modules_to_save"] = saved or None
+    gone = [n for n, u in dropped.items() if isinstance(u, LowRank)]
+    config |= targets_of(adapter, gone)
+    config["init_lora_weights"] = True  # false would fill what PEFT misses with random numbers
+    saved = [n.rpartition(".")[0] for n, r in adapter.replacements.items() if r.origin != "bias"]
+    lost = [n.rpartition(".")[0] for n, u in dropped.items() if isinstance(u, Replacement)]
+    config["modules_to_save"] = _saving(config.get("modules_to_save") or [], saved, lost) or None
     if not any(r.origin == "bias" for r in adapter.replacements.values()):
         config["bias"] = "none"
     return replace(adapter, config=config, origin=None)
+
+
+def _saving(names: list[str], kept: list[str], lost: list[str]) -> list[str]:
+    """modules_to_save for ``kept``: an entry that covers lost ones too gives way to full names."""
+    found: dict[str, None] = {}
+    for name in names:
+        covered = [m for m in kept if peft_config.saves([name], m)]
+        if any(peft_config.saves([name], m) for m in lost):
+            found |= dict.fromkeys(covered)
+        elif covered:
+            found[name] = None
+    return list(found)

@@ -181,7 +181,7 @@ def test_what_is_left_out_leaves_the_config_too(
             assert result.exit_code == 0, result.stderr
             config = json.loads((out / "adapter_config.json").read_text())
             if to == "peft":
-                assert config["target_modules"] == ["q_proj", "v_proj"]
+                assert config["target_modules"] == ["self_attn.q_proj", "self_attn.v_proj"]
                 assert config["layers_to_transform"] == [1]
             else:
                 assert config["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +19,21 @@ base_option = click.option(
     "--base", type=PATH, help="The base model's folder (transformers' or mlx-lm's)."
 )
 
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 _READING = (
     click.option("--adapter", "adapter_name", metavar="NAME", help="Which of several adapters."),
-    click.option("--scale", type=float, help="Scale of an old adapters.npz without a config [20]."),
+    click.option(
+        "--scale",
+        type=float,
+        callback=_finite,
+        help="Scale of an old adapters.npz without a config [20].",
+    ),
     click.option(
         "--trained-on",
         metavar="TEXT",
@@ -40,5 +53,13 @@ def reading_options(command: F) -> F:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2))
+    """One JSON document on stdout; JSON has no NaN and no Infinity, so they become null."""
+    click.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    return [_strict(v) for v in value] if isinstance(value, list | tuple) else value

@@ -215,3 +215,18 @@ def refused(attempt: Callable[..., Outcome]) -> Callable[..., str]:
         return outcome.err
 
     return call
+
+
+@pytest.fixture
+def train(
+    tiny: Callable[[str], Any], zoo: ModuleType, peers: ModuleType, tmp_path: Path
+) -> Callable[..., Path]:
+    """train(["q_proj"], r=4, ...) -> a folder saved by stock PEFT on the tiny llama."""
+
+    def make(targets: Any = ("q_proj",), base: str = "llama", **options: Any) -> Path:
+        path = tmp_path / "peft"
+        config = targets if hasattr(targets, "peft_type") else peers.lora(targets, **options)
+        peers.save_peft(tiny(base).path, path, config, zoo.TOKENS)
+        return path
+
+    return make

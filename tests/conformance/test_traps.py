@@ -21,19 +21,6 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def train(tiny: Tiny, zoo: ModuleType, peers: ModuleType, tmp_path: Path) -> Callable[..., Path]:
-    """train(["q_proj"], r=4, ...) -> a folder saved by stock PEFT on the tiny llama."""
-
-    def make(targets: Any = ("q_proj",), base: str = "llama", **options: Any) -> Path:
-        path = tmp_path / "peft"
-        config = targets if hasattr(targets, "peft_type") else peers.lora(targets, **options)
-        peers.save_peft(tiny(base).path, path, config, zoo.TOKENS)
-        return path
-
-    return make
-
-
-@pytest.fixture
 def exact(tiny: Tiny, peers: ModuleType, convert: Convert) -> Callable[..., Any]:
     """Convert to MLX; every module must move as PEFT moves it. Returns PEFT's deltas."""
 
