@@ -12,15 +12,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from loraduct import origin
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
-from loraduct.architectures import kind_of_module, renamer
+from loraduct.architectures import kind_of_module
+from loraduct.converters import names
+from loraduct.converters.approximate import EXACT, Wanted, approximate
+from loraduct.converters.start import undo
 from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, peft_writer
-from loraduct.formats.base import Base, differences
+from loraduct.formats.base import Base, differences, wrong_experts
 from loraduct.formats.folder import METADATA, Folder, model_card
 from loraduct.tensor import UNIT_ROUNDOFF, is_exact
 from loraduct.text import printable
@@ -31,19 +35,28 @@ DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion may be told. ``include``/``exclude``: regexes on module names."""
+    """What a conversion may be told. ``include``/``exclude``: regexes on module names.
+
+    ``wanted``: how near updates of full rank are to be approximated, where that is allowed.
+    """
 
     to: str
     base: Base | None = None
     dtype: str = "keep"
     uniform: bool = False
     name_map: Mapping[str, str] | None = None
+    name_map_file: Path | None = None
     include: str | None = None
     exclude: str | None = None
+    wanted: Wanted = EXACT
+    initial: Adapter | None = None
+    always_on: bool = False
 
 
 def convert(adapter: Adapter, options: Options) -> Folder:
-    """The folder that carries ``adapter`` in the target's format. Reads no values yet.
+    """The folder that carries ``adapter`` in the target's format.
+
+    Reads no values yet, but of updates that it approximates.
 
     Raises Refused naming what the target can't hold.
     """
@@ -52,9 +65,17 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         for problem in differences(adapter, base):
             raise problem
         adapter = replace(
-            adapter, layers=base.layers or adapter.layers, base_modules=base.linear_modules
+            adapter,
+            layers=base.layers or adapter.layers,
+            base_modules=base.linear_modules,
+            model_type=base.model_type,
         )
-    kept = _select(adapter, options)
+    if options.to == "mlx" or options.uniform or options.initial is not None:
+        adapter = undo(adapter, options.initial, base)
+    if options.always_on:
+        config = {**adapter.config, "alora_invocation_tokens": None}
+        adapter = replace(adapter, config=config, origin=None)
+    kept, residuals = approximate(adapter, _select(adapter, options), options.wanted)
     dropped = [t for name, u in adapter.updates.items() if name not in kept for t in u.tensors]
     selected = replace(adapter, updates=kept)
     if dropped:  # a config that still selects what was left out would describe another adapter
@@ -62,9 +83,15 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         selected = narrow(
             selected, {n: u for n, u in adapter.updates.items() if n not in selected.updates}
         )
-    named, names, note = _rename(selected, options)
+    named, joined, note = _rename(selected, options)
+    if base is not None:
+        for problem in wrong_experts(named, base):
+            raise problem
     if options.to == "mlx":
-        _check_head(named, base)
+        _check_tied(named, base)
+    elif adapter.naming == "mlx":
+        named = peft_writer.reachable(_untie(named, base))
+    plain = named.updates
     if (options.to == "mlx" or options.uniform) and named.low_rank:
         if options.to == "mlx" and adapter.method != "full":
             mlx_writer.check_expressible(named)
@@ -75,6 +102,7 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         named = replace(named, updates=_cast(named, DTYPES[options.dtype]))
     layout = {"peft": peft_writer.layout, "mlx": mlx_writer.layout}[options.to]
     tensors, config, account = layout(named)
+    account.residuals = residuals
     account.drop(dropped)
     account.set_aside(adapter.set_aside)
     account.check_complete(adapter.tensors())
@@ -92,7 +120,7 @@ def convert(adapter: Adapter, options: Options) -> Folder:
     _account_fields(adapter, account)
     texts = {k: v for k, v in adapter.metadata.items() if k not in ("format", origin.KEY)}
     kin = base.kin if base is not None and base.has_weights else None
-    record = origin.record(selected, named.updates, names, kin)
+    record = origin.record(selected, plain, named.updates, joined, kin)
     return Folder(
         format=options.to,
         tensors=tensors,
@@ -125,41 +153,60 @@ def _select(adapter: Adapter, options: Options) -> dict[str, Update]:
     return {n: u for n, u in adapter.updates.items() if n in kept}
 
 
-def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, str], str | None]:
-    """The adapter with the target's module names, old name -> new name, and a note."""
-    naming = NAMING[options.to]
-    if adapter.naming == naming or not adapter.updates:
-        return adapter, {n: n for n in adapter.updates}, None
-    model_type = options.base.model_type if options.base else None
-    modules = list(adapter.low_rank)
-    file = options.base.path / "config.json" if options.base else adapter.weights
-    to_new, note = renamer(
-        modules, model_type, file, options.name_map, reverse=adapter.naming == "mlx"
+def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, int], str | None]:
+    """The adapter with the target's module names, what was joined, and a note (`names.rename`)."""
+    base = options.base
+    file = base.path / "config.json" if base else adapter.weights
+    return names.rename(
+        adapter,
+        NAMING[options.to],
+        base.model_type if base else None,
+        options.name_map_file or file,
+        options.name_map,
     )
-    # a full parameter is not renamed: the target refuses it, or both sides are MLX
-    names = {m: to_new(m) for m in modules} | {n: n for n in adapter.replacements}
-    updates = {names[n]: u for n, u in adapter.updates.items()}
-    return replace(adapter, updates=updates, naming=naming), names, note
 
 
-def _check_head(adapter: Adapter, base: Base | None) -> None:
-    """mlx-lm has no lm_head module when the embedding is tied, and ignores its key in silence."""
+def _check_tied(adapter: Adapter, base: Base | None) -> None:
+    """A tied head and embedding are one module in mlx-lm: its LoRA moves both, PEFT's only one."""
     for module, u in adapter.low_rank.items():
-        if kind_of_module(module) == "output head":
-            if base is None:
-                raise Refused(
-                    adapter.weights,
-                    "adapts the output head: whether the base ties it to the embedding"
-                    " decides; give --base BASE",
-                    tensor=u.a.name,
-                )
-            if base.tied is not False:
-                raise Refused(
-                    adapter.weights,
-                    "adapts the output head, which this base ties to the embedding"
-                    " (tie_word_embeddings): mlx-lm would ignore it; leave it out with --exclude lm_head",
-                    tensor=u.a.name,
-                )
+        kind = kind_of_module(module)
+        if kind not in ("output head", "embedding"):
+            continue
+        if base is None:
+            raise Refused(
+                adapter.weights,
+                f"adapts the {kind}: whether the base ties it decides; give --base BASE",
+                tensor=u.a.name,
+            )
+        if base.tied is not False:
+            does = {
+                "output head": "has no module for it and would ignore it",
+                "embedding": "would move the head with it",
+            }
+            raise Refused(
+                adapter.weights,
+                f"adapts the {kind}, which this base ties (tie_word_embeddings): mlx-lm {does[kind]};"
+                f" leave it out with --exclude {module.rsplit('.', 1)[-1]}",
+                tensor=u.a.name,
+            )
+
+
+def _untie(adapter: Adapter, base: Base | None) -> Adapter:
+    """mlx-lm's LoRA on a tied embedding, for PEFT: on the embedding and, transposed, on the head.
+
+    dW of the embedding is (tokens, dim) = scale * (b @ a).T, and the head's weight is the same
+    matrix: its factors are a' = b.T and b' = a.T.
+    """
+    done = dict(adapter.updates)
+    for u in adapter.low_rank.values():
+        if u.layout != "embedding":
+            continue
+        if base is None or base.tied is None:
+            what = "adapts the embedding: whether the base ties it decides; give --base BASE"
+            raise Refused(adapter.weights, what, tensor=u.a.name)
+        if base.tied:
+            done["lm_head"] = replace(u, a=u.b.T, b=u.a.T, layout="linear")
+    return replace(adapter, updates=done)
 
 
 def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
@@ -178,13 +225,7 @@ def uniform(adapter: Adapter, *, widen: bool) -> Adapter:
             b = b.to("F32")
         if widen and bias is not None and not is_exact(factor, bias.dtype):
             bias = bias.to("F32")
-        done[name] = replace(
-            u,
-            a=u.a.resized(rank, u.a.shape[1]),
-            b=b.resized(b.shape[0], rank),
-            bias=bias,
-            scale=scale,
-        )
+        done[name] = replace(u, b=b, bias=bias, scale=scale).with_rank(rank)
     return replace(adapter, updates=done)
 
 
@@ -212,11 +253,12 @@ def _cast(adapter: Adapter, dtype: str) -> dict[str, Update]:
         if isinstance(u, Replacement):
             done[name] = replace(u, weight=u.weight.to(dtype))
             continue
+        assert isinstance(u, LowRank)  # dense ones are approximated by now
         magnitude = u.magnitude
         if magnitude is not None and UNIT_ROUNDOFF[dtype] < UNIT_ROUNDOFF[magnitude.dtype]:
             magnitude = magnitude.to(dtype)
         bias = u.bias.to(dtype) if u.bias is not None else None
-        done[name] = LowRank(u.a.to(dtype), u.b.to(dtype), u.scale, magnitude, bias)
+        done[name] = replace(u, a=u.a.to(dtype), b=u.b.to(dtype), magnitude=magnitude, bias=bias)
     return done
 
 
@@ -230,7 +272,9 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 def _account_fields(adapter: Adapter, account: Account) -> None:
     """What the numbers-changing fields of the source's config became."""
     scales = sorted({u.scale for u in adapter.low_rank.values()})
-    if adapter.format == "peft" and scales:
+    if adapter.technique:
+        account.fields = {"source method": adapter.technique} | account.fields
+    elif adapter.format == "peft" and scales:
         how = "alpha / sqrt(r)" if adapter.config.get("use_rslora") else "alpha / r"
         shown = ", ".join(f"{s:.6g}" for s in scales[:6])
         account.fields = {"source scale": f"{shown} ({how})"} | account.fields

@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
-from loraduct.adapter import Adapter, LowRank
+from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.converters.lowrank import effective_rank, singular_values
-from loraduct.tensor import is_finite
+from loraduct.tensor import Tensor, as_float32, is_finite
+
+_AT_ONCE = 1 << 20  # values
+# What the norms are of. DoRA's dW also depends on its magnitudes and on the base's weight.
+NORM_OF = {"lora": "dW", "dora": "low-rank part"}
 
 
 def stats_of(adapter: Adapter) -> dict[str, Any]:
-    """Frobenius norm, largest singular value and effective rank of every dW; tensors with NaN/Inf."""
-    modules, bad = [], []
-    for module, update in adapter.updates.items():
+    """Norm, largest singular value and effective rank of every update; tensors with NaN or Inf.
+
+    A replaced parameter has only the norm of its own values: what it replaces isn't in the file.
+    """
+    modules, replaced, bad = [], [], []
+    for name, update in adapter.updates.items():
         broken = [t.name for t in update.tensors if not _all_finite(t)]
         bad += broken
-        if isinstance(update, LowRank) and not broken:
-            values = singular_values(update)
-            modules.append(
-                {
-                    "module": module,
-                    "norm": float((values**2).sum() ** 0.5),
-                    "largest": float(values.max(initial=0.0)),
-                    "effective_rank": effective_rank(values),
-                    "rank": update.rank,
-                }
-            )
-    return {"modules": modules, "not_finite": bad}
+        if broken:
+            continue
+        if isinstance(update, LowRank):
+            modules.append({"module": name, **_spectrum(update)})
+        else:
+            replaced.append({"parameter": name, "norm": _norm(update)})
+    bad += [t.name for t in adapter.set_aside if not _all_finite(t)]
+    return {
+        "norm_of": NORM_OF.get(adapter.method),
+        "modules": modules,
+        "replaced": replaced,
+        "not_finite": bad,
+    }
 
 
-def _all_finite(tensor: Any) -> bool:
-    step = max(1, (1 << 20) // max(1, tensor.shape[-1]))
-    rows = (
-        tensor.shape[0] if len(tensor.stored_shape) == 2 else tensor.nbytes // max(1, tensor.nbytes)
-    )
-    if len(tensor.stored_shape) != 2:
-        from math import prod
+def _spectrum(update: LowRank) -> dict[str, Any]:
+    values = singular_values(update)
+    return {
+        "norm": float((values**2).sum() ** 0.5),
+        "largest": float(values.max(initial=0.0)),
+        "effective_rank": effective_rank(values),
+        "rank": update.rank,
+    }
 
-        rows, step = prod(tensor.shape), 1 << 20
-    return all(
-        is_finite(tensor.rows(i, min(i + step, rows), finite=False), tensor.dtype)
-        for i in range(0, rows, step)
-    )
+
+def _norm(update: Update) -> float:
+    """Frobenius norm over the update's tensors, in double precision."""
+    total = 0.0
+    for tensor in update.tensors:
+        for piece in _pieces(tensor):
+            values = as_float32(piece, tensor.dtype).astype("float64").reshape(-1)
+            total += float(values @ values)
+    return float(total**0.5)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return all(is_finite(piece, tensor.dtype) for piece in _pieces(tensor))
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """The tensor's raw values, a bounded number at a time."""
+    matrix = len(tensor.stored_shape) == 2
+    rows = tensor.shape[0] if matrix else prod(tensor.shape)
+    step = max(1, _AT_ONCE // tensor.shape[1]) if matrix else _AT_ONCE
+    for i in range(0, rows, step):
+        yield tensor.rows(i, min(i + step, rows), finite=False)

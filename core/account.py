@@ -14,6 +14,7 @@ from loraduct.text import number, printable
 ACTIONS = {
     "carried": "bytes as they were",
     "transposed": "same values, the target's orientation",
+    "rearranged": "split, joined, stacked or computed as the target wants it",
     "padded": "zeros added up to the common rank",
     "cropped": "zeros of an earlier padding removed",
     "folded": "multiplied by its module's scale over the common scale",
@@ -43,6 +44,7 @@ class Account:
     fields: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     losses: dict[str, Loss] = field(default_factory=dict)
+    residuals: dict[str, float] = field(default_factory=dict)  # module -> share of the norm lost
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes, of what was written
 
     def carry(self, target: str, tensor: Tensor) -> None:
@@ -59,24 +61,27 @@ class Account:
             if UNIT_ROUNDOFF.get(tensor.dtype, 0) < UNIT_ROUNDOFF.get(tensor.stored_dtype, 0)
             else "",
         ]
+        if tensor.make is not None:
+            done.insert(0, "rearranged")
         actions = tuple(a for a in done if a) or ("carried",)
-        self.entries.append(Entry(tensor.name, target, actions, tensor.factor))
+        for origin in tensor.origins:
+            self.entries.append(Entry(origin.name, target, actions, tensor.factor))
 
     def drop(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors were left out because the user asked for it."""
-        self.entries += [Entry(t.name, None, ("dropped",)) for t in tensors]
+        names = dict.fromkeys(o.name for t in tensors for o in t.origins)
+        self.entries += [Entry(name, None, ("dropped",)) for name in names]
 
     def set_aside(self, tensors: Iterable[Tensor]) -> None:
         """Record that tensors are copies of others and need no place of their own."""
         self.entries += [Entry(t.name, None, ("set aside",)) for t in tensors]
 
     def check_complete(self, tensors: Iterable[Tensor]) -> None:
-        """Every source tensor has exactly one entry; anything else is a bug of ours."""
-        booked = Counter(e.source for e in self.entries)
-        found = Counter(t.name for t in tensors)
+        """Every source tensor has an entry, and nothing else has; else it is a bug of ours."""
+        booked = {e.source for e in self.entries}
+        found = {o.name for t in tensors for o in t.origins}
         if booked != found:
-            odd = sorted((booked - found) + (found - booked))
-            raise AssertionError(f"tensors not accounted for: {odd[:5]}")
+            raise AssertionError(f"tensors not accounted for: {sorted(booked ^ found)[:5]}")
 
     @property
     def worst_loss(self) -> tuple[str, float] | None:
@@ -86,6 +91,11 @@ class Account:
             return None
         relative, name = max(measured)
         return name, relative
+
+    @property
+    def worst_residual(self) -> tuple[str, float] | None:
+        """The module that an approximation hurt most, and what it lost of its norm."""
+        return max(self.residuals.items(), key=lambda kv: kv[1], default=None)
 
     def _done(self, entry: Entry) -> list[str]:
         """Its actions; a rounding that was measured to lose nothing is none."""
@@ -104,6 +114,11 @@ class Account:
         if worst := self.worst_loss:
             out.append(
                 f"        largest relative rounding error: {worst[1]:.2e} in {printable(worst[0])}"
+            )
+        if hurt := self.worst_residual:
+            out.append(
+                f"        {len(self.residuals)} updates of full rank approximated; largest"
+                f" residual: {hurt[1]:.2e} of the norm, in {printable(hurt[0])}"
             )
         width = max((len(k) for k in self.fields), default=0)
         out += [f"  {k.ljust(width)}  {printable(v, 160)}" for k, v in self.fields.items()]
@@ -127,5 +142,6 @@ class Account:
             "config": self.fields,
             "notes": self.notes,
             "largest_relative_error": worst[1] if worst else 0.0,
+            "residuals": self.residuals,
             "files": self.files,
         }

@@ -9,16 +9,26 @@ alpha/sqrt(r) and patterns are resolved by the reader, once. Tensors are lazy.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loraduct.computed import resized
 from loraduct.tensor import Tensor
 
 
 @dataclass(frozen=True)
 class LowRank:
     """dW = scale * b @ a; with ``magnitude`` (out,) it is DoRA: W' = m * (W + dW) / ||W + dW||_row.
+
+    ``layout`` says which axes are which:
+
+    * ``linear``: a (r, in), b (out, r), dW (out, in);
+    * ``embedding``: a (r, tokens), b (dim, r), dW (tokens, dim) = scale * (b @ a).T;
+    * ``conv``: a (r, in, *kernel), b (out, r, 1, ...), dW (out, in, *kernel);
+    * ``weight``: as linear, but PEFT adapts the bare weight of the module (a router's);
+    * ``parameter``: the same with a parameter of another name, which ends the module's path;
+    * ``experts``: a (experts, r, in), b (experts, out, r), dW (experts, out, in).
 
     ``bias`` (out,) is a low-rank bias as PEFT's ``lora_bias`` has it: the bias moves by
     ``scale * bias``.
@@ -29,11 +39,26 @@ class LowRank:
     scale: float
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    layout: str = "linear"
 
     @property
     def rank(self) -> int:
         """Inner dimension."""
-        return self.a.shape[0]
+        return self.a.shape[1] if self.layout == "experts" else self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of dW, as the base's weight has it."""
+        if self.layout == "embedding":
+            return self.a.shape[1], self.b.shape[0]
+        if self.layout == "experts":
+            return self.b.shape[0], self.b.shape[1], self.a.shape[2]
+        return self.b.shape[0], *self.a.shape[1:]
+
+    def with_rank(self, rank: int) -> LowRank:
+        """Padded with zeros, or cropped of zeros, to ``rank``."""
+        at_a, at_b = (1, 2) if self.layout == "experts" else (0, 1)
+        return replace(self, a=resized(self.a, at_a, rank), b=resized(self.b, at_b, rank))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -54,7 +79,28 @@ class Replacement:
         return (self.weight,)
 
 
-Update = LowRank | Replacement
+@dataclass(frozen=True)
+class Dense:
+    """dW (out, in) = ``delta``: of full rank, so that a LoRA can only approximate it.
+
+    ``note`` says what it is, for people.
+    """
+
+    delta: Tensor
+    note: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of dW, as the base's weight has it."""
+        return self.delta.shape
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The one tensor."""
+        return (self.delta,)
+
+
+Update = LowRank | Replacement | Dense
 
 
 @dataclass(frozen=True)
@@ -98,7 +144,9 @@ class Adapter:
     origin: Mapping[str, Any] | None = None
     companions: tuple[Path, ...] = ()
     notes: tuple[Note, ...] = ()
+    technique: str | None = None  # PEFT's method when it isn't LoRA: "LoHa"
     layers: int | None = None  # blocks of the base, when known
+    model_type: str | None = None  # the base's, when it was given
     base_modules: frozenset[str] = frozenset()  # linear modules of the base, when known
     set_aside: tuple[Tensor, ...] = ()  # copies of other tensors, without an effect of their own
 
@@ -106,6 +154,11 @@ class Adapter:
     def low_rank(self) -> dict[str, LowRank]:
         """The low-rank updates by module."""
         return {m: u for m, u in self.updates.items() if isinstance(u, LowRank)}
+
+    @property
+    def dense(self) -> dict[str, Dense]:
+        """The updates of full rank by module."""
+        return {m: u for m, u in self.updates.items() if isinstance(u, Dense)}
 
     @property
     def replacements(self) -> dict[str, Replacement]:
@@ -126,6 +179,8 @@ class Adapter:
 
 def kind_of(adapter: Adapter) -> str:
     """The method in words: ``rsLoRA with rank patterns``."""
+    if adapter.technique is not None:
+        return adapter.technique
     if adapter.method == "full":
         return "full fine-tune (replaced weights)"
     name = {"lora": "LoRA", "dora": "DoRA"}[adapter.method]

@@ -1,8 +1,8 @@
 """Module names: transformers <-> mlx-lm, and what kind of matrix a name stands for.
 
 ``architectures.json`` lists, for every architecture verified by running both libraries, the
-module paths whose name and layout are equal on both sides (``equal``) and those that differ
-(``other``, with what differs). A module in neither list is refused, never guessed.
+module paths whose name and layout are equal on both sides, and rules for those that differ
+(scripts/architectures.py derives it). A module in neither list is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -12,24 +12,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.text import printable, several
 
-_DIFFERENCE = {
-    "experts": "its experts are laid out differently",
-    "rename": "its name differs",
-    "transpose": "its name differs",
-    "head_split": "it is split by attention heads, which no low-rank factor survives",
-    "split_other": "it is split into parts",
-}
-
-_ROUTER = (
-    "is the router {}, which transformers 5 keeps as a parameter and PEFT can't target as a linear"
-    " layer; leave it out with --exclude"
-)
 # What a module is, by the last part of its name. Parents matter for two names only.
 _ATTENTION = (
     "q_proj",
@@ -116,19 +105,54 @@ def block_of(module: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a module of transformers (``hf``) and modules of mlx-lm (``mlx``) hold one another.
+
+    ``how``: ``same`` (only the name differs), ``halves`` (the first half of the output rows is
+    mlx[0], the second mlx[1]), ``interleaved`` (even rows, odd rows), ``stack`` (hf has one module
+    an expert, its last index), ``rows`` (mlx has one module an expert). ``router``: a bare
+    parameter in transformers 5, where mlx-lm has a linear layer.
+    """
+
+    hf: str
+    mlx: tuple[str, ...]
+    how: str = "same"
+    router: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of one model_type: rules by pattern from either side, and what is blocked."""
+
+    equal: frozenset[str]
+    by_hf: Mapping[str, Rule]
+    by_mlx: Mapping[str, Rule]
+    blocked: Mapping[str, str]
+
+    def rules(self, reverse: bool) -> Mapping[str, Rule]:
+        """By transformers' patterns; ``reverse``: by mlx-lm's."""
+        return self.by_mlx if reverse else self.by_hf
+
+
 @functools.cache
-def table() -> dict[str, dict[str, Any]]:
-    """model_type -> {"equal": frozenset of patterns, "other": {pattern: difference}}."""
+def table() -> dict[str, Architecture]:
+    """model_type -> Architecture."""
     raw = json.loads(Path(__file__).with_name("architectures.json").read_bytes())
-    sets = {name: frozenset(patterns) for name, patterns in raw["sets"].items()}
-    return {
-        model_type: {
-            "equal": sets.get(entry.get("equal"), frozenset()),
-            "other": entry.get("other", {}),
-            "router": entry.get("router"),
-        }
-        for model_type, entry in raw["models"].items()
-    }
+    return {name: _architecture(entry, raw["sets"]) for name, entry in raw["models"].items()}
+
+
+def _architecture(entry: Mapping[str, Any], sets: Mapping[str, list[str]]) -> Architecture:
+    equal = frozenset(sets.get(entry.get("equal", ""), ()))
+    router = entry.get("router")
+    rules = [Rule(p, (p,), "same", p == router) for p in sorted(equal)]
+    for hf, mlx, how, *_ in entry.get("rules", []):
+        rules.append(Rule(hf, (mlx,) if isinstance(mlx, str) else tuple(mlx), how, hf == router))
+    by_mlx: dict[str, Rule] = {}
+    for rule in rules:
+        for name in rule.mlx if rule.how != "stack" else ():
+            by_mlx.setdefault(name, rule)  # the first one listed is transformers' live name
+    return Architecture(equal, {r.hf: r for r in rules}, by_mlx, entry.get("blocked", {}))
 
 
 def siblings(modules: Iterable[str]) -> set[str]:
@@ -138,7 +162,7 @@ def siblings(modules: Iterable[str]) -> set[str]:
     blocks = {b[:2] for m in modules if (b := block_of(m))}
     found: set[str] = set()
     for entry in table().values():
-        everything = entry["equal"] | entry["other"].keys()
+        everything = entry.by_hf.keys() | entry.by_mlx.keys() | entry.blocked.keys()
         if patterns <= everything:
             found |= everything
     return {
@@ -147,6 +171,89 @@ def siblings(modules: Iterable[str]) -> set[str]:
         for p in found
         if p.startswith(f"{path}.{{}}.")
     }
+
+
+def rules_for(
+    modules: Iterable[str], model_type: str | None, file: Path, *, reverse: bool = False
+) -> tuple[dict[str, Rule], str | None]:
+    """The rule of each module's pattern, transformers -> mlx-lm (``reverse``: back), and a note.
+
+    Raises Refused naming the first module that has no verified counterpart. Without a model_type,
+    all architectures that have all the modules must agree.
+    """
+    patterns = {pattern_of(m): m for m in modules}
+    known = table()
+    if model_type is not None:
+        if model_type not in known:
+            raise Refused(
+                file,
+                f"architecture {printable(model_type, 60)!r} has no verified names between"
+                " transformers and mlx-lm; give the names with --name-map FILE",
+            )
+        rules = known[model_type].rules(reverse)
+        for pattern, module in patterns.items():
+            if pattern not in rules:
+                raise Refused(file, _missing(pattern, [model_type]), tensor=module)
+        return {p: rules[p] for p in patterns}, None
+    fitting = [m for m, e in known.items() if patterns.keys() <= e.rules(reverse).keys()]
+    for pattern, module in patterns.items():
+        if not any(pattern in e.rules(reverse) for e in known.values()):
+            differing = [m for m, e in known.items() if pattern in e.blocked]
+            raise Refused(file, _missing(pattern, differing), tensor=module)
+    if not fitting:
+        raise Refused(
+            file,
+            "no verified architecture has all of its modules; give --base BASE or --name-map FILE",
+        )
+    equal = [m for m in fitting if patterns.keys() <= known[m].equal]
+    if equal:  # by far the most common: taken as such, and said where others differ
+        chosen = known[equal[0]].rules(reverse)
+        differ = [m for m in fitting if m not in equal]
+        note = (
+            "the base's architecture is not known, so module names are taken as equal (they differ"
+            f" in {several(differ)}); --base BASE makes sure"
+        )
+        routers = [p for m in equal for p in patterns if known[m].rules(reverse)[p].router]
+        for pattern in routers[:1] if reverse else ():
+            what = (
+                "is a router in some architectures, and a linear layer in others; give --base BASE"
+            )
+            raise Refused(file, what, tensor=patterns[pattern])
+        return {p: chosen[p] for p in patterns}, note if differ else None
+    chosen = known[fitting[0]].rules(reverse)
+    for pattern, module in patterns.items():
+        others = {known[m].rules(reverse)[pattern] for m in fitting} - {chosen[pattern]}
+        if others:
+            raise Refused(
+                file,
+                f"architectures that have this module ({several(fitting)}) differ in what it is on"
+                " the other side; give --base BASE",
+                tensor=module,
+            )
+    return {p: chosen[p] for p in patterns}, None
+
+
+def _missing(pattern: str, model_types: list[str]) -> str:
+    if not model_types:
+        return (
+            "this module is in no verified architecture; check the name, or give its"
+            " counterpart with --name-map FILE"
+        )
+    why = table()[model_types[0]].blocked.get(pattern)
+    what = why or "it is not among the architecture's verified modules"
+    return (
+        f"can't be carried between transformers and mlx-lm for {several(model_types)}: {what};"
+        " give its counterpart with --name-map FILE, or leave it out with --exclude"
+    )
+
+
+def renamed(module: str, source: str, target: str) -> str:
+    """``module``, of pattern ``source``, by the name of pattern ``target``: indices in order."""
+    if source == target:
+        return module
+    for index in re.findall(r"(?<=\.)\d+(?=\.|$)", module):
+        target = target.replace("{}", index, 1)
+    return target
 
 
 Renamer = Callable[[str], str]
@@ -160,67 +267,25 @@ def renamer(
     *,
     reverse: bool = False,
 ) -> tuple[Renamer, str | None]:
-    """How to rename ``modules`` from transformers' names to mlx-lm's (``reverse``: back).
+    """How to rename ``modules`` that have one counterpart each, and a note for the user, or None.
 
-    Returns the function and a note for the user, or None. ``name_map`` (patterns with ``{}``,
-    transformers -> mlx-lm) overrides the table. Raises Refused naming the first module that has
-    no verified counterpart.
+    ``name_map`` (patterns with ``{}``, transformers -> mlx-lm) overrides the table. Raises Refused
+    naming the first module without a counterpart, or laid out differently on the other side.
     """
     modules = list(modules)
     if name_map is not None:
         return _mapped(modules, name_map, file, reverse), None
-    patterns = {pattern_of(m): m for m in modules}
-    known = table()
-    if model_type is not None:
-        if model_type not in known:
-            raise Refused(
-                file,
-                f"architecture {model_type!r} has no verified names between transformers and"
-                " mlx-lm; give the names with --name-map FILE",
-            )
-        for pattern, module in patterns.items():
-            if pattern not in known[model_type]["equal"]:
-                raise Refused(file, _difference(pattern, [model_type]), tensor=module)
-            if reverse and pattern == known[model_type]["router"]:
-                raise Refused(file, _ROUTER.format(f"of {model_type}"), tensor=module)
-        return _same, None
-    if any(all(p in entry["equal"] for p in patterns) for entry in known.values()):
-        for module in modules if reverse else ():
-            if any(pattern_of(module) == e["router"] for e in known.values()):
-                what = "of this architecture (or of one that --base BASE rules out)"
-                raise Refused(file, _ROUTER.format(what), tensor=module)
-        others = [m for m, e in known.items() if all(p in e["other"] for p in patterns)]
-        if not others or not patterns:
-            return _same, None
-        return _same, (
-            "the base's architecture is not known, so module names are taken as equal (they differ in"
-            f" {several(others)}); --base BASE makes sure"
-        )
-    for pattern, module in patterns.items():
-        if not any(pattern in entry["equal"] for entry in known.values()):
-            differing = [m for m, e in known.items() if pattern in e["other"]]
-            raise Refused(file, _difference(pattern, differing), tensor=module)
-    raise Refused(
-        file, "no verified architecture has all of its modules; give --base BASE or --name-map FILE"
-    )
+    rules, note = rules_for(modules, model_type, file, reverse=reverse)
+    for module in modules:
+        if rules[pattern_of(module)].how != "same":
+            raise Refused(file, "is laid out differently on the other side", tensor=module)
 
+    def rename(module: str) -> str:
+        pattern = pattern_of(module)
+        rule = rules[pattern]
+        return renamed(module, pattern, rule.hf if reverse else rule.mlx[0])
 
-def _same(module: str) -> str:
-    return module
-
-
-def _difference(pattern: str, model_types: list[str]) -> str:
-    if not model_types:
-        return (
-            "this module is in no verified architecture; check the name, or give its"
-            " counterpart with --name-map FILE"
-        )
-    kind = table()[model_types[0]]["other"].get(pattern)
-    what = _DIFFERENCE.get(kind or "", "it is not among the architecture's verified modules")
-    return (
-        f"can't be carried between transformers and mlx-lm for {several(model_types)}: {what};"
-        " give its counterpart with --name-map FILE, or leave it out with --exclude"
-    )
+    return rename, note
 
 
 def _twice(name_map: Mapping[str, str]) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from itertools import pairwise
 from typing import Any
 
 from loraduct import origin
 from loraduct.adapter import Adapter, kind_of
 from loraduct.architectures import KINDS, block_of, kind_of_module
-from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several, size, table
 
 _TRAINING = (
@@ -23,17 +26,24 @@ _TRAINING = (
     "seed",
     "data",
 )
+_FORMATS = {"peft": "PEFT", "mlx": "MLX"}
+_CHECKPOINT = re.compile(r"\d{7}_adapters\.safetensors")
+_UNSAID = "base-precision-unknown"  # a trap of nearly every PEFT adapter: said in the base's line
 
 
 def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
-    """The document. Reads no values, only what the readers found in headers and config."""
+    """The document. Reads no values, only what the readers found in headers and config.
+
+    The adapter should be read with ``restore=False``: then it is the file that is described, and
+    not what a conversion back would make of it.
+    """
     updates = adapter.low_rank
-    ranks = Counter(u.rank for u in updates.values())
-    scales = Counter(u.scale for u in updates.values())
     everything = list(adapter.tensors())
     document: dict[str, Any] = {
         "schema": 1,
         "path": str(adapter.path),
+        "weights": adapter.weights.name,
+        "checkpoints": _checkpoints(adapter),
         "format": adapter.format,
         "method": adapter.method,
         "kind": kind_of(adapter),
@@ -44,11 +54,12 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
             "quantization_known": adapter.base.quantization_known,
             "layers": adapter.layers,
         },
-        "ranks": {str(r): n for r, n in sorted(ranks.items())},
-        "scales": {number(s): n for s, n in sorted(scales.items())},
+        "ranks": _counted((u.rank for u in updates.values()), str),
+        "scales": _counted((u.scale for u in updates.values()), number),
         "modules": len(updates),
         "targets": _targets(adapter),
-        "parameters": sum(_elements(t) for t in everything),
+        "replaced": _replaced(adapter),
+        "parameters": sum(math.prod(t.shape) for t in everything),
         "bytes": sum(t.nbytes for t in everything),
         "dtypes": dict(sorted(Counter(t.dtype for t in everything).items())),
         "extras": _extras(adapter),
@@ -59,48 +70,81 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "traps": [{"kind": n.kind, "text": n.text} for n in adapter.notes],
     }
     if tensors:
+        listed = [(name, t) for name, u in adapter.updates.items() for t in u.tensors]
+        listed += [("", t) for t in adapter.set_aside]
         document["tensors"] = [
             {"name": t.name, "shape": list(t.stored_shape), "dtype": t.stored_dtype, "update": name}
-            for name, update in adapter.updates.items()
-            for t in update.tensors
+            for name, t in listed
         ]
     return document
 
 
-def _elements(tensor: Tensor) -> int:
-    count = 1
-    for n in tensor.shape:
-        count *= n
-    return count
+def _counted(values: Iterable[float], shown: Callable[[float], str]) -> dict[str, int]:
+    """How often each value occurs, by how it is shown; values shown alike are counted together."""
+    counts: Counter[str] = Counter()
+    for value, n in sorted(Counter(values).items()):
+        counts[shown(value)] += n
+    return dict(counts)
 
 
-def _targets(adapter: Adapter) -> list[dict[str, Any]]:
-    """Rows of module kind x module: which layers, which ranks, shapes (out, in), parameters."""
-    rows: dict[str, dict[str, Any]] = {}
-    for module, u in adapter.low_rank.items():
-        block = block_of(module)
-        name = block[2] if block else module
-        row = rows.setdefault(
-            name,
-            {
-                "kind": kind_of_module(module),
-                "module": name,
-                "layers": [],
-                "ranks": set(),
-                "scales": set(),
-                "shape": [u.b.shape[0], u.a.shape[1]],
-                "parameters": 0,
-            },
-        )
-        if block:
-            row["layers"].append(block[1])
-        row["ranks"].add(u.rank)
-        row["scales"].add(u.scale)
-        row["parameters"] += sum(_elements(t) for t in u.tensors)
+def _checkpoints(adapter: Adapter) -> list[str]:
+    """Weights of other steps of the training beside the file that was read (mlx-lm keeps them)."""
+    try:
+        names = [p.name for p in adapter.path.iterdir()]
+    except OSError:
+        return []
+    return sorted(n for n in names if _CHECKPOINT.fullmatch(n) and n != adapter.weights.name)
+
+
+Row = dict[str, Any]
+
+
+def _row(rows: dict[Any, Row], module: str, name: str, shape: list[int], count: int) -> Row:
+    """The row for what has this name within its block and this shape, one more layer added."""
+    block = block_of(name)
+    inner = block[2] if block else name
+    row = rows.setdefault(
+        (inner, *shape),
+        {
+            "kind": kind_of_module(module),
+            "module": inner,
+            "layers": [],
+            "shape": shape,
+            "parameters": 0,
+        },
+    )
+    row["layers"] += [block[1]] if block else []
+    row["parameters"] += count
+    return row
+
+
+def _sorted(rows: dict[Any, Row]) -> list[Row]:
     for row in rows.values():
-        row["layers"] = sorted(row["layers"])
-        row["ranks"], row["scales"] = sorted(row["ranks"]), sorted(row["scales"])
+        for key, value in row.items():
+            if isinstance(value, set) or key == "layers":
+                row[key] = sorted(value)
     return sorted(rows.values(), key=lambda r: KINDS.index(r["kind"]))
+
+
+def _targets(adapter: Adapter) -> list[Row]:
+    """Rows of module kind x module: which layers, which ranks, shapes (out, in), parameters."""
+    rows: dict[Any, Row] = {}
+    for module, u in adapter.low_rank.items():
+        count = sum(math.prod(t.shape) for t in u.tensors)
+        row = _row(rows, module, module, [u.b.shape[0], u.a.shape[1]], count)
+        row.setdefault("ranks", set()).add(u.rank)
+        row.setdefault("scales", set()).add(u.scale)
+    return _sorted(rows)
+
+
+def _replaced(adapter: Adapter) -> list[Row]:
+    """Rows of replaced parameters, with why they are in the file."""
+    rows: dict[Any, Row] = {}
+    for name, r in adapter.replacements.items():
+        shape = list(r.weight.shape)
+        row = _row(rows, name.rpartition(".")[0], name, shape, math.prod(shape))
+        row.setdefault("origins", set()).add(r.origin)
+    return _sorted(rows)
 
 
 def _extras(adapter: Adapter) -> dict[str, int]:
@@ -110,65 +154,58 @@ def _extras(adapter: Adapter) -> dict[str, int]:
     found["low-rank biases (lora_bias)"] += sum(
         u.bias is not None for u in adapter.low_rank.values()
     )
+    found["copies without an effect"] += len(adapter.set_aside)
     return {k: n for k, n in sorted(found.items()) if n}
 
 
 def _origin(adapter: Adapter) -> dict[str, Any] | None:
+    """What loraduct recorded when it converted the file; one that tells no state tells no origin."""
     record = origin.parse(adapter.metadata)
-    if record is None:
+    if record is None or not record["state"]:
         return None
+    held = adapter.origin or origin.restore(adapter.updates, adapter.metadata)[1]
     return {
         "converted_from": record["format"],
         "by": f"loraduct {record.get('version', '')}".strip(),
-        "still_holds": adapter.origin is not None,
+        "still_holds": held is not None,
         "changed_modules": len(record.get("modules", {})),
     }
 
 
-def lines(d: dict[str, Any]) -> list[str]:
-    """The document as text. Everything that comes from the file is escaped."""
-    base, form = d["base"], {"peft": "PEFT", "mlx": "MLX"}[d["format"]]
-    name = printable(base["name"]) if base["name"] else "not named in the file"
-    if base["revision"]:
-        name += f" @ {printable(base['revision'], 60)}"
-    precision = base["quantization"] or ("not quantised" if base["quantization_known"] else "")
+def lines(d: dict[str, Any], usual: Container[str] = ()) -> list[str]:
+    """The document as text. Everything that comes from the file is escaped.
+
+    A weights file whose name is among the ``usual`` ones isn't named.
+    """
     out = [
         printable(d["path"], 300),
-        f"  {form} adapter: {d['kind']}",
-        f"  base        {name}" + (f" ({printable(precision, 60)})" if precision else ""),
+        f"  {_FORMATS[d['format']]} adapter: {d['kind']}",
     ]
+    if d["weights"] not in usual:
+        out.append(f"  weights     {printable(d['weights'])}")
+    if d["checkpoints"]:
+        out.append(f"  checkpoints {len(d['checkpoints'])} more: {several(d['checkpoints'])}")
+    out.append(f"  base        {_base_line(d)}")
     if d["ranks"]:
-        ranks = d["ranks"]
-        shown = (
-            ", ".join(f"{r} ({n})" for r, n in ranks.items())
-            if len(ranks) > 1
-            else next(iter(ranks))
-        )
-        out.append(f"  rank        {shown}")
-        scales = d["scales"]
-        some = [f"{s} ({n})" if len(scales) > 1 else s for s, n in list(scales.items())[:6]]
-        out.append(f"  scale       {', '.join(some)}{', ...' if len(scales) > 6 else ''}")
-    dtypes = ", ".join(f"{t} ({n})" if len(d["dtypes"]) > 1 else t for t, n in d["dtypes"].items())
+        out.append(f"  rank        {_counts(d['ranks'])}")
+        out.append(f"  scale       {_counts(d['scales'])}")
+    dtypes = _counts(d["dtypes"])
     out.append(f"  size        {d['parameters']:,} parameters, {size(d['bytes'])}, {dtypes}")
     if d["extras"]:
         out.append(f"  also        {', '.join(f'{n} {k}' for k, n in d['extras'].items())}")
     if d["companions"]:
         out.append(f"  files       {several(d['companions'], 10)}")
-    if d["metadata"]:
-        pairs = [f"{k}={v}" for k, v in d["metadata"].items()]
-        out.append(f"  metadata    {several(pairs, 8)}")
-    if d["training"]:
-        out.append(f"  training    {several([f'{k}={v}' for k, v in d['training'].items()], 8)}")
+    for key in ("metadata", "training"):
+        if d[key]:
+            out.append(f"  {key:<11} {several([f'{k}={v}' for k, v in d[key].items()], 8)}")
     if d["origin"]:
-        holds = "" if d["origin"]["still_holds"] else ", but the file was changed since"
-        out.append(
-            f"  origin      converted from {printable(d['origin']['converted_from'], 20)} by"
-            f" {printable(d['origin']['by'], 40)}{holds}"
-        )
+        out.append(f"  origin      {_origin_line(d['origin'], d['method'])}")
     if d.get("other_adapters"):
         out.append(f"  beside it   {several(d['other_adapters'], 10)}")
     if d["targets"]:
-        out += ["", *_target_table(d)]
+        out += ["", *_target_table(d["targets"])]
+    if d["replaced"]:
+        out += ["", *_replaced_table(d["replaced"])]
     if stats := d.get("stats"):
         out += ["", *_stats_table(stats)]
     if d.get("tensors"):
@@ -176,42 +213,89 @@ def lines(d: dict[str, Any]) -> list[str]:
         rows += [[printable(t["name"]), str(t["shape"]), t["dtype"]] for t in d["tensors"]]
         out += ["", *table(rows)]
     for trap in d["traps"]:
-        out.append(f"  ! {printable(trap['text'], 400)}")
+        if trap["kind"] != _UNSAID:
+            out.append(f"  ! {printable(trap['text'], 400)}")
     return out
 
 
-def _target_table(d: dict[str, Any]) -> list[str]:
+def _counts(counts: dict[str, int]) -> str:
+    """``4 (12), 8 (24), ...``; a single value stands alone."""
+    some = [f"{v} ({n})" if len(counts) > 1 else v for v, n in list(counts.items())[:6]]
+    return ", ".join(some) + (", ..." if len(counts) > 6 else "")
+
+
+def _base_line(d: dict[str, Any]) -> str:
+    base = d["base"]
+    name = printable(base["name"]) if base["name"] else "not named in the file"
+    if base["revision"]:
+        name += f" @ {printable(base['revision'], 60)}"
+    precision = base["quantization"] or ("not quantised" if base["quantization_known"] else "")
+    if precision:
+        return f"{name} ({printable(precision, 60)})"
+    if any(trap["kind"] == _UNSAID for trap in d["traps"]):
+        name += " (precision in training not said; --trained-on says it)"
+    return name
+
+
+def _origin_line(found: dict[str, Any], method: str) -> str:
+    form = _FORMATS.get(found["converted_from"], printable(found["converted_from"], 20))
+    line = f"converted from {form} by {printable(found['by'], 40)}"
+    if not found["still_holds"]:
+        return f"{line}, but the file was changed since: a conversion restores nothing"
+    if method == "full":
+        return line
+    n = found["changed_modules"]
+    modules = f" and the rank and scale of {n} module{'s' * (n > 1)}" if n else ""
+    return f"{line}; back to {form} restores its config{modules}"
+
+
+def _cells(row: Row) -> list[str]:
+    """kind, module, layers of a row."""
+    return [row["kind"], printable(row["module"], 80), ranges(row["layers"]) or "-"]
+
+
+def _grouped(rows: list[list[str]]) -> list[str]:
+    """A table in which a kind is said once."""
+    cells = [r if r[0] != before[0] else ["", *r[1:]] for before, r in pairwise([[""], *rows])]
+    return table(cells)
+
+
+def _target_table(targets: list[Row]) -> list[str]:
     rows = [["kind", "module", "layers", "rank", "out x in", "parameters"]]
-    last = ""
-    for row in d["targets"]:
-        kind = row["kind"] if row["kind"] != last else ""
-        last = row["kind"]
-        rows.append(
-            [
-                kind,
-                printable(row["module"], 80),
-                ranges(row["layers"]) or "-",
-                ", ".join(map(str, row["ranks"][:4])),
-                " x ".join(map(str, row["shape"])),
-                f"{row['parameters']:,}",
-            ]
-        )
-    return table(rows)
+    for row in targets:
+        shape = " x ".join(map(str, row["shape"]))
+        ranks = _counts({str(r): 1 for r in row["ranks"]}).replace(" (1)", "")
+        rows.append([*_cells(row), ranks, shape, f"{row['parameters']:,}"])
+    return _grouped(rows)
+
+
+def _replaced_table(replaced: list[Row]) -> list[str]:
+    rows = [["kind", "replaced", "layers", "from", "shape", "parameters"]]
+    for row in replaced:
+        shape = " x ".join(map(str, row["shape"]))
+        rows.append([*_cells(row), ", ".join(row["origins"]), shape, f"{row['parameters']:,}"])
+    return _grouped(rows)
 
 
 def _stats_table(stats: dict[str, Any]) -> list[str]:
-    rows = [["module", "||dW||_F", "largest sv", "effective rank", "rank"]]
-    rows += [
-        [
-            printable(m["module"], 80),
-            f"{m['norm']:.4g}",
-            f"{m['largest']:.4g}",
-            f"{m['effective_rank']:.2f}",
-            str(m["rank"]),
+    out = []
+    if stats["modules"]:
+        rows = [["module", f"||{stats['norm_of']}||_F", "largest sv", "effective rank", "rank"]]
+        rows += [
+            [
+                printable(m["module"], 80),
+                f"{m['norm']:.4g}",
+                f"{m['largest']:.4g}",
+                f"{m['effective_rank']:.2f}",
+                str(m["rank"]),
+            ]
+            for m in stats["modules"]
         ]
-        for m in stats["modules"]
-    ]
-    out = table(rows)
+        out += table(rows)
+    if stats["replaced"]:
+        rows = [["replaced parameter", "||W||_F"]]
+        rows += [[printable(r["parameter"], 80), f"{r['norm']:.4g}"] for r in stats["replaced"]]
+        out += ["", *table(rows)] if out else table(rows)
     bad = stats["not_finite"]
     out.append(f"  ! NaN or Inf in {several(bad, 6)}" if bad else "  no NaN, no Inf")
     return out

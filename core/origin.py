@@ -32,18 +32,22 @@ def state_of(updates: Mapping[str, Update]) -> str:
 
 
 def record(
-    source: Adapter, written: Mapping[str, Update], rename: Mapping[str, str], kin: str | None
+    source: Adapter,
+    before: Mapping[str, Update],
+    written: Mapping[str, Update],
+    joined: Mapping[str, int],
+    kin: str | None,
 ) -> str:
     """The record for a file that holds ``written``, made from ``source``.
 
-    ``rename`` maps source modules to the names in the file. The oldest origin is kept when the
-    source is itself a conversion of this format, so that chains lead back to the start.
+    ``before`` are the updates in the file's names, but not yet padded, folded or cast; ``joined``
+    says of those made of two updates which rank the first one had. The oldest origin is kept when
+    the source is itself a conversion of this format, so that chains lead back to the start.
     """
-    before = source.low_rank
     changed = {}
-    for module, name in rename.items():
-        old, new = before.get(module), written[name]
-        if old is None or not isinstance(new, LowRank):
+    for name, old in before.items():
+        new = written[name]
+        if not isinstance(old, LowRank) or not isinstance(new, LowRank):
             continue
         # a dtype that was asked for holds for all; one that folding alone chose is undone
         dtype = old.b.dtype if old.a.dtype == new.a.dtype else new.b.dtype
@@ -60,6 +64,8 @@ def record(
         value["before"] = {k: source.origin[k] for k in ("format", "config") if k in source.origin}
     if changed:
         value["modules"] = changed
+    if joined:
+        value["joined"] = dict(joined)
     if kin or source.base.kin:
         value["kin"] = kin or source.base.kin
     if source.base.quantization_known:
@@ -82,6 +88,8 @@ def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         and isinstance(value.get("trained_on", ""), str)
         and isinstance(value.get("modules", {}), dict)
         and all(_is_change(c) for c in value.get("modules", {}).values())
+        and isinstance(value.get("joined", {}), dict)
+        and all(type(r) is int and r > 0 for r in value.get("joined", {}).values())
     )
     return value if sound else None
 
@@ -115,11 +123,7 @@ def restore(
         # a module whose scale was 0 has lost its b to the folding: it stays as it is
         factor = update.scale / scale if scale else 1.0
         bias = update.bias and update.bias.times(factor).to(dtypes[-1])
-        restored[name] = replace(
-            update,
-            a=update.a.resized(rank, update.a.shape[1]),
-            b=update.b.resized(update.b.shape[0], rank).times(factor).to(dtypes[0]),
-            bias=bias,
-            scale=scale,
-        )
+        cropped = update.with_rank(rank)
+        b = cropped.b.times(factor).to(dtypes[0])
+        restored[name] = replace(cropped, b=b, bias=bias, scale=scale)
     return restored, value

@@ -8,7 +8,7 @@ zeros, change the dtype. These commute, so a handful of fields describe every or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +75,18 @@ class Tensor:
     source: Source | None = None
     offset: int = 0
     data: Any = field(default=None, repr=False, compare=False)  # an ndarray, when not from a file
+    make: Callable[[], Any] | None = field(default=None, repr=False, compare=False)  # gives `data`
+    inputs: tuple[Tensor, ...] = ()  # what `make` is made from; see loraduct.computed
     path: Path | None = None  # where it came from, for messages
     transposed: bool = False
     factor: float = 1.0
     size: tuple[int, ...] | None = None  # padded with zeros, or cropped (of zeros), to this
     cast: str | None = None
+
+    @property
+    def origins(self) -> tuple[Tensor, ...]:
+        """The stored tensors that it holds values of: itself, unless it is computed."""
+        return tuple(o for i in self.inputs for o in i.origins) if self.make else (self,)
 
     @property
     def dtype(self) -> str:
@@ -107,7 +114,8 @@ class Tensor:
     def verbatim(self) -> bool:
         """Whether the result is the stored bytes as they are."""
         return (
-            not self.transposed
+            self.make is None
+            and not self.transposed
             and self.factor == 1.0
             and self.size in (None, self.stored_shape)
             and self.dtype == self.stored_dtype
@@ -179,12 +187,16 @@ class Tensor:
         """Stored elements ``start:stop``, counted through the whole tensor."""
         import numpy as np
 
-        if self.data is not None:
-            return self.data.reshape(-1)[start:stop]
+        if self.data is not None or self.make is not None:
+            return self._values.reshape(-1)[start:stop]
         assert self.source is not None
         width = BITS[self.stored_dtype] // 8
         part = self.source.read(self.offset + start * width, (stop - start) * width, self.name)
         return np.frombuffer(part, _numpy_dtype(self.stored_dtype))
+
+    @property
+    def _values(self) -> Any:
+        return self.data if self.make is None else self.make()
 
     def _matrix(self, start: int, stop: int) -> Any:
         """Rows ``start:stop`` of the stored matrix or, if transposed, of its transpose."""
@@ -194,7 +206,7 @@ class Tensor:
         stop = max(start, stop)
         if not self.transposed:
             return self._flat(start * n_cols, stop * n_cols).reshape(stop - start, n_cols)
-        if self.data is not None or stop - start == n_cols or n_rows == 1:
+        if self.source is None or stop - start == n_cols or n_rows == 1:
             whole = self._flat(0, n_rows * n_cols).reshape(n_rows, n_cols)
             return whole[:, start:stop].T
         assert self.source is not None
@@ -234,6 +246,11 @@ class Tensor:
             loss.size += float(np.vdot(exact.astype(np.float64), exact.astype(np.float64)))
         return out
 
+    def raw(self) -> Any:
+        """The whole result as raw storage (16-bit floats as unsigned integers), in its shape."""
+        two = len(self.stored_shape) == 2
+        return self.rows(0, self.shape[0] if two else math.prod(self.shape)).reshape(self.shape)
+
     def read(self, *, finite: bool = True) -> Any:
         """The whole result as float32."""
         if len(self.stored_shape) != 2:
@@ -248,6 +265,9 @@ class Tensor:
         """
         import numpy as np
 
+        if self.make is not None:  # once, and held for as long as its pieces are asked for
+            yield from replace(self, data=self.make(), make=None).chunks(loss, at)
+            return
         changed = self.factor != 1.0 or self.dtype != self.stored_dtype or self.data is not None
         plain = not changed and self.size is None and self.source is not None
         if plain and len(self.stored_shape) == 2 and self.stored_nbytes <= stream.WHOLE:
@@ -275,6 +295,13 @@ class Tensor:
                 "holds NaN or Inf; the adapter is broken: retrain or repair it",
                 tensor=self.name,
             )
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and all(
+        a.tobytes() == b.tobytes() for a, b in zip(one.chunks(), two.chunks(), strict=True)
+    )
 
 
 def is_power_of_two(factor: float) -> bool:

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import block_of, kind_of_module
+from loraduct.architectures import block_of, kind_of_module, pattern_of, table
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.json_file import read_object
 from loraduct.formats.safetensors_file import read_header
 from loraduct.tensor import FLOATS, UNIT_ROUNDOFF, Tensor, as_float32
 from loraduct.text import printable
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Architectures whose linear layers are transformers' Conv1D: their weights are stored (in, out).
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _KIN_TENSORS, _KIN_VALUES = 8, 32
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 # How quantised bases are named on model hubs; adapter files have no field for it.
@@ -202,6 +203,8 @@ def correlation(kin: str, other: str) -> float | None:
 def differences(adapter: Adapter, base: Base) -> list[Refused]:
     """Why ``base`` is not the adapter's: modules it lacks, shapes, or the recorded sample."""
     found: list[Refused] = []
+    if adapter.config.get("layer_replication"):
+        return found  # its layers are counted in a base that is yet to be made
     for module, u in adapter.low_rank.items():
         block = block_of(module)
         if block and base.layers is not None and block[1] >= base.layers:
@@ -211,14 +214,24 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
             found.append(Refused(adapter.weights, what, tensor=u.a.name))
     if not base.has_weights:
         return found
-    shapes = {m: base.shape_of(m) for m in adapter.low_rank}
+    known = table().get(base.model_type)
+    plain = {m: u for m, u in adapter.low_rank.items() if u.layout in ("linear", "embedding")}
+    shapes = {m: base.shape_of(m) for m in plain}
     alike_named = any(shapes.values())  # else the base has other names, and nothing can be said
-    for module, u in adapter.low_rank.items():
-        shape, wanted = shapes[module], (u.b.shape[0], u.a.shape[1])
-        if shape is None and alike_named and kind_of_module(module) != "output head":
+    for module, u in plain.items():
+        shape, wanted = shapes[module], u.shape
+        # a module that the two libraries name differently may have either name in the base
+        pattern = pattern_of(module)
+        twofold = (
+            known is not None
+            and pattern not in known.equal
+            and (pattern in known.by_hf or pattern in known.by_mlx)
+        )
+        head = kind_of_module(module) == "output head"
+        if shape is None and alike_named and not twofold and not head:
             what = f"the base {base.path} has no weight {module}.weight: made for another base"
             found.append(Refused(adapter.weights, what, tensor=u.a.name))
-        if base.text_config.get("model_type") in _CONV1D and shape == wanted[::-1]:
+        if base.text_config.get("model_type") in CONV1D and shape == wanted[::-1]:
             continue
         if shape is not None and shape != wanted:
             found.append(
@@ -241,6 +254,20 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
                 )
             )
     return found
+
+
+def wrong_experts(adapter: Adapter, base: Base) -> list[Refused]:
+    """Updates of experts whose number is not the base's."""
+    experts = next((n for k in _EXPERTS if type(n := base.text_config.get(k)) is int), None)
+    return [
+        Refused(
+            adapter.weights,
+            f"has {u.shape[0]} experts, the base {base.path} has {experts}",
+            tensor=u.a.name,
+        )
+        for u in adapter.low_rank.values()
+        if u.layout == "experts" and experts is not None and u.shape[0] != experts
+    ]
 
 
 def _differs_from_base(copy: Tensor, base: Base, file: Path) -> Refused | None:

@@ -6,19 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.architectures import KINDS, block_of, kind_of_module
+from loraduct.architectures import table as architectures
 from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
 from loraduct.formats.base import Base
 from loraduct.text import printable, several, size, table
 
 WIDTHS = (16, 8, 6, 4, 3, 2, 1)  # bits per value
+ALL_LINEAR = "all-linear"  # PEFT's own word
+_OWN = ("attention matrices", "attention projection", "feed-forward", "other mixers")
+_ROUTERS = ("gate", "router", "classifier")  # rarely an nn.Linear, and small: not counted unasked
+_SAME_SHAPES = ("full_attention", "sliding_attention", "chunked_attention")
+_HEADS_DIFFER = ("num_attention_heads_per_layer", "attn_type_list")
+_LATENT = "self_attn.kv_a_proj_with_mqa"  # multi-head latent attention has shapes of its own
+
+Shapes = dict[str, tuple[int, int]]
 
 
-def estimate(config: Path, rank: int, targets: list[str]) -> dict[str, Any]:
+def estimate(config: Path, rank: int, targets: list[str] | None = None) -> dict[str, Any]:
     """Parameters and bytes of a LoRA of ``rank`` on ``targets`` (last names, or ends of paths).
 
-    Shapes come from the base's weights where they are there, else from its config.json. Raises
-    Refused for a target the base does not have.
+    Without targets: on the linear layers of the attention and the feed-forward, whatever the
+    architecture calls them. Every module counts once, under the first target that hits it. Shapes
+    come from the base's weights where they are there, else from its config.json; ``not_counted``
+    names what neither tells. Raises Refused for a target the base does not have.
     """
     if config.is_file() and config.name != "config.json":
         from loraduct.formats.json_file import read_object
@@ -26,26 +37,14 @@ def estimate(config: Path, rank: int, targets: list[str]) -> dict[str, Any]:
         base = Base(config.parent / "nowhere", read_object(config))
     else:
         base = base_folder.read(config)
-    shapes = _from_weights(base) if base.has_weights else _from_config(base, config)
-    rows: list[dict[str, Any]] = []
-    missing = []
-    for target in targets:
-        hits = [s for m, s in shapes.items() if m == target or m.endswith(f".{target}")]
-        if not hits:
-            missing.append(target)
-            continue
-        rows.append(
-            {
-                "target": target,
-                "kind": kind_of_module(next(m for m in shapes if m.endswith(target))),
-                "modules": len(hits),
-                "out_in": [list(s) for s in sorted(set(hits))],
-                "parameters": sum(rank * (o + i) for o, i in hits),
-            }
-        )
-    if missing:
-        known = sorted({m.rsplit(".", 1)[-1] for m in shapes})
-        raise Refused(config, f"the base has no {several(missing)}; it has {several(known, 20)}")
+    shapes, omitted = _from_weights(base) if base.has_weights else _from_config(base, config)
+    if targets in (None, [ALL_LINEAR]):
+        own = {m: s for m, s in shapes.items() if _is_own(m)}
+        omitted |= {
+            _name(m) for m in shapes.keys() - own if kind_of_module(m) in ("experts", *_OWN)
+        }
+        shapes, targets = own, sorted({_within(m) for m in own})
+    rows = _rows(shapes, targets or [], rank, config)
     total = sum(r["parameters"] for r in rows)
     return {
         "base": str(config),
@@ -53,23 +52,73 @@ def estimate(config: Path, rank: int, targets: list[str]) -> dict[str, Any]:
         "layers": base.layers,
         "rank": rank,
         "targets": sorted(rows, key=lambda r: KINDS.index(r["kind"])),
+        "not_counted": sorted(omitted),
         "parameters": total,
         "bytes": {str(w): (total * w + 7) // 8 for w in WIDTHS},
     }
 
 
-def _from_weights(base: Base) -> dict[str, tuple[int, int]]:
-    found = {}
-    for name in base.tensors:
+def _rows(shapes: Shapes, targets: list[str], rank: int, file: Path) -> list[dict[str, Any]]:
+    """One row for each target that hits a module no earlier one did."""
+    rows: list[dict[str, Any]] = []
+    missing, counted = [], set[str]()
+    for target in targets:
+        hits = {m: s for m, s in shapes.items() if m == target or m.endswith(f".{target}")}
+        if not hits:
+            missing.append(target)
+        fresh = {m: s for m, s in hits.items() if m not in counted}
+        counted |= fresh.keys()
+        if fresh:
+            row = {
+                "target": target,
+                "kind": kind_of_module(next(iter(fresh))),
+                "modules": len(fresh),
+                "out_in": [list(s) for s in sorted(set(fresh.values()))],
+                "parameters": sum(rank * (o + i) for o, i in fresh.values()),
+            }
+            rows.append(row)
+    if missing or not rows:
+        known = sorted({m.rsplit(".", 1)[-1] for m in shapes})
+        has = f"known are {several(known, 20)}" if known else "no linear layer of it is known"
+        raise Refused(file, f"{several(missing) or 'nothing'} can't be counted: {has}")
+    return rows
+
+
+def _within(module: str) -> str:
+    """The path within the block, with other indices left open; outside blocks the whole path."""
+    block = block_of(module)
+    return block[2] if block else module
+
+
+def _name(module: str) -> str:
+    """How a module that isn't counted is named: all experts alike."""
+    return "experts" if kind_of_module(module) == "experts" else _within(module)
+
+
+def _is_own(module: str) -> bool:
+    return kind_of_module(module) in _OWN and module.rsplit(".", 1)[-1] not in _ROUTERS
+
+
+def _from_weights(base: Base) -> tuple[Shapes, set[str]]:
+    """Shapes of the matrices in the base's files; names of fused experts, which are no matrices."""
+    found: Shapes = {}
+    omitted = set()
+    for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         shape = base.shape_of(module) if name.endswith(".weight") else None
-        if shape is not None and len(shape) == 2 and kind_of_module(module) != "embedding":
+        if shape is not None and kind_of_module(module) != "embedding":
             found[module] = (shape[0], shape[1])
-    return found
+        elif len(tensor.shape) == 3 and kind_of_module(module) == "experts":
+            omitted.add(_name(module))
+    return found, omitted
 
 
-def _from_config(base: Base, file: Path) -> dict[str, tuple[int, int]]:
-    """Linear layers of a decoder with grouped-query attention and a (gated) feed-forward."""
+def _from_config(base: Base, file: Path) -> tuple[Shapes, set[str]]:
+    """Linear layers of a decoder with grouped-query attention and a (gated) feed-forward.
+
+    Shapes by module, and the names of linear layers that the config alone does not size: with
+    experts, which blocks have a plain feed-forward differs by architecture.
+    """
     c = base.text_config
 
     def size_of(*names: str, default: int | None = None) -> int:
@@ -86,7 +135,7 @@ def _from_config(base: Base, file: Path) -> dict[str, tuple[int, int]]:
     head = size_of("head_dim", default=hidden // heads)
     inter = size_of("intermediate_size", "n_inner", default=4 * hidden)
     q, k = heads * head, kv * head
-    per_block = {
+    sizes = {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (k, hidden),
         "self_attn.v_proj": (k, hidden),
@@ -102,22 +151,32 @@ def _from_config(base: Base, file: Path) -> dict[str, tuple[int, int]]:
         "mlp.fc2": (hidden, inter),
         "self_attn.dense": (hidden, q),
     }
-    from loraduct.architectures import table as architectures
-
-    known = architectures().get(base.model_type, {}).get("equal", frozenset())
-    if not known:
+    entry = architectures().get(base.model_type)
+    hf = {*entry.by_hf, *entry.blocked} if entry else set[str]()
+    first = {_block_0(p) for p in hf if "{}" in p}
+    skipped = {"mlp"} if any(kind_of_module(m) == "experts" for m in first) else set[str]()
+    if any(_within(m) == _LATENT for m in first):
+        skipped.add("self_attn")
+    alike = {_within(_block_0(p)) for p in (entry.equal if entry else ())}
+    sized = sorted(n for n in alike if n in sizes and n.split(".")[0] not in skipped)
+    kinds = c.get("layer_types")
+    uneven = (
+        any(kind_of_module(m) == "other mixers" for m in first)
+        or any(k not in _SAME_SHAPES for k in (kinds if isinstance(kinds, list) else ()))
+        or any(n in c for n in _HEADS_DIFFER)
+    )
+    if uneven or not sized:
         raise Refused(
             file,
-            f"model_type {printable(base.model_type)!r} is not known well enough; give the base's"
-            " folder with its weights",
+            f"model_type {printable(base.model_type)!r}: its config alone does not tell the shapes"
+            " of all layers; give the base's folder with its weights",
         )
-    present = {b[2] for m in known if (b := block_of(m.replace("{}", "0")))}
-    return {
-        f"model.layers.{i}.{name}": shape
-        for i in range(layers)
-        for name, shape in per_block.items()
-        if name in present
-    }
+    shapes = {f"model.layers.{i}.{n}": sizes[n] for i in range(layers) for n in sized}
+    return shapes, {_name(m) for m in first if _within(m) not in sized}
+
+
+def _block_0(pattern: str) -> str:
+    return pattern.replace("{}", "0")
 
 
 def lines(d: dict[str, Any]) -> list[str]:
@@ -138,5 +197,6 @@ def lines(d: dict[str, Any]) -> list[str]:
         f"LoRA of rank {d['rank']} on {printable(d['base'], 200)}"
         f" ({printable(d['model_type'], 40)}, {d['layers']} layers)",
         *table(rows),
+        *([f"  ! not counted: {several(d['not_counted'], 12)}"] if d["not_counted"] else []),
         f"  {d['parameters']:,} parameters: {bits}",
     ]

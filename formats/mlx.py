@@ -15,6 +15,7 @@ from typing import Any
 from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
+from loraduct.computed import reshaped
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, companions, mlx_keys
 from loraduct.formats.base import quantization_in_name
@@ -191,67 +192,71 @@ def _low_rank(
         module, _, leaf = name.rpartition(".")
         if leaf not in _LEAVES or not module:
             what = "; these are PEFT names" if ".lora_A" in name else ""
+            if leaf.isdigit():
+                what = " (one part of a fused layer, as Apple's model in mlx-lm has them)"
             raise Refused(
                 weights,
                 f"is not a tensor of an MLX LoRA or DoRA adapter{what}; mlx-lm refuses it too",
                 tensor=name,
             )
-        if kind_of_module(module) == "embedding":
-            raise Refused(
-                weights, "LoRA on an embedding, which this version doesn't carry", tensor=name
-            )
-        if len(tensor.shape) != (1 if leaf == "m" else 2):
-            raise Refused(
-                weights,
-                f"shape {list(tensor.shape)}: experts (SwitchLinear) or another layout that this"
-                " version doesn't carry",
-                tensor=name,
-            )
         parts.setdefault(module, {})[_LEAVES[leaf]] = tensor
-    found = {}
-    for module, part in parts.items():
-        for leaf, name in (("lora_a", "a"), ("lora_b", "b")):
-            if name not in part:
-                there = next(iter(part.values())).name
-                raise Refused(
-                    weights,
-                    f"has no {leaf} to go with it; mlx-lm would leave it without effect",
-                    tensor=there,
-                )
-        a, b, magnitude = part["a"], part["b"], part.get("magnitude")
-        if a.shape[1] != rank:
-            turned = "; it looks like PEFT's orientation" if a.shape[0] == rank else ""
-            raise Refused(
-                weights,
-                f"shape {list(a.shape)}, expected (in, {rank}) by the config's rank{turned}",
-                tensor=a.name,
-            )
-        if b.shape[0] != rank:
-            raise Refused(
-                weights,
-                f"shape {list(b.shape)}, expected ({rank}, out) by the config's rank",
-                tensor=b.name,
-            )
-        if dora and magnitude is None:
-            raise Refused(
-                weights,
-                "has no DoRA magnitude m; mlx-lm would compute one from the base in silence",
-                tensor=a.name,
-            )
-        if magnitude is not None and not dora:
-            raise Refused(
-                weights,
-                "is a DoRA magnitude, but fine_tune_type is not dora; mlx-lm refuses it too",
-                tensor=magnitude.name,
-            )
-        if magnitude is not None and magnitude.shape != (b.shape[1],):
-            raise Refused(
-                weights,
-                f"shape {list(magnitude.shape)}, expected [{b.shape[1]}]",
-                tensor=magnitude.name,
-            )
-        found[module] = LowRank(a.T, b.T, scale, magnitude)
-    return found
+    return {m: _update(m, part, rank, scale, dora, weights) for m, part in parts.items()}
+
+
+def _update(
+    module: str, part: Mapping[str, Tensor], rank: int, scale: float, dora: bool, weights: Path
+) -> LowRank:
+    """One module's update; experts have three axes, (experts, rank, in) and (experts, out, rank)."""
+    for leaf, name in (("lora_a", "a"), ("lora_b", "b")):
+        if name not in part:
+            there = next(iter(part.values())).name
+            what = f"has no {leaf} to go with it; mlx-lm would leave it without effect"
+            raise Refused(weights, what, tensor=there)
+    a, b, magnitude = part["a"], part["b"], part.get("magnitude")
+    if len(b.shape) == 3:
+        return _experts(a, b, rank, scale, weights)
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        what = f"shape {list(a.shape)} with lora_b of {list(b.shape)}: no layout of mlx-lm"
+        raise Refused(weights, what, tensor=a.name)
+    if a.shape[1] != rank:
+        turned = "; it looks like PEFT's orientation" if a.shape[0] == rank else ""
+        what = f"shape {list(a.shape)}, expected (in, {rank}) by the config's rank{turned}"
+        raise Refused(weights, what, tensor=a.name)
+    if b.shape[0] != rank:
+        what = f"shape {list(b.shape)}, expected ({rank}, out) by the config's rank"
+        raise Refused(weights, what, tensor=b.name)
+    if dora and magnitude is None:
+        what = "has no DoRA magnitude m; mlx-lm would compute one from the base in silence"
+        raise Refused(weights, what, tensor=a.name)
+    if magnitude is not None and not dora:
+        what = "is a DoRA magnitude, but fine_tune_type is not dora; mlx-lm refuses it too"
+        raise Refused(weights, what, tensor=magnitude.name)
+    embedding = kind_of_module(module) == "embedding"
+    if magnitude is not None and embedding:
+        raise Refused(
+            weights,
+            "is DoRA on an embedding, whose magnitude is per token in mlx-lm and per dimension in"
+            " PEFT: neither can say what the other does",
+            tensor=magnitude.name,
+        )
+    if magnitude is not None and magnitude.shape != (b.shape[1],):
+        what = f"shape {list(magnitude.shape)}, expected [{b.shape[1]}]"
+        raise Refused(weights, what, tensor=magnitude.name)
+    return LowRank(a.T, b.T, scale, magnitude, layout="embedding" if embedding else "linear")
+
+
+def _experts(a: Tensor, b: Tensor, rank: int, scale: float, weights: Path) -> LowRank:
+    """SwitchLinear. Before 2025-10-02 lora_a was (experts * rank, in), experts slowest."""
+    experts = b.shape[0]
+    if len(a.shape) == 2 and a.shape[0] == experts * rank:
+        a = reshaped(a, experts, rank, a.shape[1])
+    if len(a.shape) != 3 or a.shape[:2] != (experts, rank):
+        what = f"shape {list(a.shape)}, expected ({experts}, {rank}, in) beside lora_b"
+        raise Refused(weights, what, tensor=a.name)
+    if b.shape[2] != rank:
+        what = f"shape {list(b.shape)}, expected (experts, out, {rank}) by the config's rank"
+        raise Refused(weights, what, tensor=b.name)
+    return LowRank(a, b, scale, layout="experts")
 
 
 def _selection_notes(config: Mapping[str, Any], modules: list[str], folder: Path) -> list[Note]:

@@ -10,7 +10,7 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.errors import Refused
-from loraduct.formats import CONFIG, mlx_keys
+from loraduct.formats import CONFIG, mlx_keys, peft_config
 from loraduct.formats.mlx import check_config
 from loraduct.formats.safetensors_file import ordered
 from loraduct.tensor import Tensor
@@ -30,11 +30,21 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
         tensors = {n: r.weight for n, r in adapter.replacements.items()}
         for name, tensor in tensors.items():
             account.carry(name, tensor)
-        return ordered(tensors), dict(adapter.config), account
+        if adapter.format == "mlx":
+            return ordered(tensors), dict(adapter.config), account
+        config: dict[str, Any] = {"fine_tune_type": "full", "num_layers": adapter.layers or -1}
+        if adapter.base.name:
+            config["model"] = adapter.base.name
+        return ordered(tensors), config, account
     check_expressible(adapter)
     tensors = {}
     for module, u in adapter.low_rank.items():
-        parts = {"lora_a": u.a.T, "lora_b": u.b.T, "m": u.magnitude}
+        expert = u.layout == "experts"
+        parts = {
+            "lora_a": u.a if expert else u.a.T,
+            "lora_b": u.b if expert else u.b.T,
+            "m": u.magnitude,
+        }
         for leaf, part in parts.items():
             if part is not None:
                 tensors[f"{module}.{leaf}"] = part
@@ -54,7 +64,24 @@ def check_expressible(adapter: Adapter) -> None:
         )
     if not adapter.low_rank:
         raise Refused(adapter.path, "no low-rank update is left to write")
-    for u in adapter.low_rank.values():
+    for field, what in peft_config.PEFT_ONLY.items():
+        if adapter.format == "peft" and adapter.config.get(field) not in (None, []):
+            raise Refused(adapter.path / CONFIG, f"{field} is set: {what}")
+    for module, u in adapter.low_rank.items():
+        if u.layout == "conv" or ".base_layer." in module:
+            what = (
+                "LoRA on a convolution"
+                if u.layout == "conv"
+                else "LoRA inside nn.MultiheadAttention"
+            )
+            raise Refused(adapter.weights, f"{what}, which mlx-lm doesn't have", tensor=u.a.name)
+        if u.magnitude is not None and u.layout != "linear":
+            raise Refused(
+                adapter.weights,
+                "is DoRA on an embedding, whose magnitude is per dimension in PEFT and per token in"
+                " mlx-lm: neither can say what the other does",
+                tensor=u.magnitude.name,
+            )
         if u.bias is not None:
             raise Refused(
                 adapter.weights,

@@ -1,60 +1,35 @@
 """PEFT adapter folders: ``adapter_config.json`` + ``adapter_model.safetensors`` (peft 0.21.2).
 
-Key names (measured): ``base_model.model.`` + module + ``.lora_A.weight`` (r, in),
-``.lora_B.weight`` (out, r), ``.lora_magnitude_vector`` (out,) for DoRA, ``.lora_B.bias`` for
-lora_bias; raw dumps carry the adapter's name before ``.weight``. Weights of modules_to_save and
-biases stand under their plain names, with ``.base_layer.bias`` for targeted modules.
+Weights of modules_to_save and biases stand under their plain names, with ``.base_layer.bias`` for
+targeted modules; rows of trained tokens under ``.token_adapter.trainable_tokens_delta``. All are
+absolute values, never deltas. For the keys of low-rank factors see `peft_keys`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraduct import origin
-from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
+from loraduct.adapter import Adapter, BaseRef, Note, Replacement, Update
 from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, companions, peft_config
 from loraduct.formats.base import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
+from loraduct.formats.peft_keys import PREFIX as PREFIX
+from loraduct.formats.peft_keys import sorted_by_module
+from loraduct.formats.peft_lora import low_rank
 from loraduct.formats.peft_notes import notes_on
+from loraduct.formats.peft_variants import expanded
 from loraduct.formats.safetensors_file import check_floats, read_header
-from loraduct.tensor import Tensor
-from loraduct.text import printable, several
+from loraduct.tensor import Tensor, same
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-_MARKS = ("lora_A", "lora_B", "lora_magnitude_vector")
-# Marks of other methods inside a key, to refuse them by name.
-_OTHER_MARKS = {
-    "lora_embedding_A": "LoRA on an embedding",
-    "lora_embedding_B": "LoRA on an embedding",
-    "lora_E": "AdaLoRA",
-    "lora_diag": "KaSA",
-    "token_adapter": "trainable tokens",
-    "hada_w1_a": "LoHa",
-    "hada_w1_b": "LoHa",
-    "hada_w2_a": "LoHa",
-    "hada_w2_b": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w2": "LoKr",
-    "lokr_w1_a": "LoKr",
-    "lokr_w2_a": "LoKr",
-    "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA",
-    "vera_A": "VeRA",
-    "vera_B": "VeRA",
-    "ia3_l": "IA3",
-    "oft_R": "OFT",
-    "oft_r": "OFT",
-    "boft_R": "BOFT",
-    "hra_u": "HRA",
-    "fourierft_spectrum": "FourierFT",
-    "prompt_embeddings": "prompt tuning",
-}
+_TOKENS = ["token_adapter", "trainable_tokens_delta"]
 
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
@@ -66,14 +41,22 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
             config_file,
             "has a scale of its own; --scale is for an old adapters.npz without a config",
         )
+    if peft_config.kind_of(config, config_file) != "LORA":
+        from loraduct.formats import peft_tuned
+
+        return peft_tuned.read(folder, config, options)
     unknown = peft_config.check(config, config_file)
-    weights, tensors, metadata = _weights(folder, options)
+    weights, tensors, metadata = read_weights(folder, options)
     check_floats(tensors.values(), weights)
-    parts, plain = _sorted_by_module(tensors, weights, options.adapter)
+    parts, plain = sorted_by_module(tensors, weights, options.adapter)
     if not parts and not plain:
         raise Refused(weights, "holds no tensors; an adapter without weights does nothing")
-    updates: dict[str, Update] = dict(_low_rank(parts, config, config_file, weights))
-    replaced, copies = _replacements(plain, parts, config, weights)
+    full, config, factors = expanded(parts, config, config_file)
+    updates: dict[str, Update] = {
+        m: replace(u, scale=u.scale * factors.get(m, 1.0))
+        for m, u in low_rank(full, config, config_file, weights).items()
+    }
+    replaced, copies = replacements(plain, parts, config, weights)
     updates |= replaced
     record = None
     if options.restore:
@@ -81,7 +64,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     files, odd = companions.find(folder)
     notes = [Note("companion", text) for text in odd]
     notes += notes_on(config, updates, unknown, config_file)
-    base, base_notes = _base(config, metadata, options)
+    base, base_notes = base_of(config, metadata, options)
     return Adapter(
         path=folder,
         weights=weights,
@@ -95,12 +78,14 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
         origin=record,
         companions=files,
         notes=tuple(notes + base_notes),
-        layers=_layers(config, updates),
+        layers=layers_of(config, updates),
         set_aside=copies,
     )
 
 
-def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+def read_weights(
+    folder: Path, options: ReadOptions
+) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     weights = options.weights or folder / WEIGHTS
     pickle = folder / PICKLE
     if weights.exists() or weights.is_symlink() or not pickle.exists():
@@ -116,157 +101,7 @@ def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor
     return pickle, pickled.read(pickle), {}
 
 
-def _sorted_by_module(
-    tensors: Mapping[str, Tensor], file: Path, chosen: str | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(module -> part -> tensor) of the low-rank tensors, and the plain parameters by name."""
-    low_rank: list[tuple[str, str, str | None, Tensor]] = []
-    plain: list[tuple[str, str | None, Tensor]] = []
-    for key, tensor in tensors.items():
-        words = _words(key, file)
-        mark = next((i for i, w in enumerate(words) if w in _MARKS), None)
-        if mark is not None:
-            low_rank.append((*_part(words, mark, file, key), tensor))
-        elif "modules_to_save" in words[:-2]:  # a raw dump: module.modules_to_save.NAME.weight
-            plain.append((key, words[words.index("modules_to_save") + 1], tensor))
-        else:
-            plain.append((key, None, tensor))
-    name = _choose([n for *_, n, _ in low_rank if n] + [n for _, n, _ in plain if n], chosen, file)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for module, part, own, tensor in low_rank:
-        if own not in (None, name):
-            continue
-        slot = parts.setdefault(module, {})
-        if part in slot:
-            raise Refused(
-                file,
-                f"is there twice, also as {printable(slot[part].name)}; PEFT takes either",
-                tensor=tensor.name,
-            )
-        slot[part] = tensor
-    return parts, {key: tensor for key, own, tensor in plain if own in (None, name)}
-
-
-def _words(key: str, file: Path) -> list[str]:
-    """The parts of a key behind PEFT's prefix; keys of other methods are refused by name."""
-    if not key.startswith(PREFIX):
-        mlx = ".lora_a" in key or ".lora_b" in key
-        raise Refused(
-            file,
-            f"key does not begin with {PREFIX!r}: "
-            + ("these are MLX names" if mlx else "PEFT would silently load none of it")
-            + "; save it with PEFT's save_pretrained",
-            tensor=key,
-        )
-    words = key[len(PREFIX) :].split(".")
-    if other := next((w for w in words if w in _OTHER_MARKS), None):
-        raise Refused(
-            file, f"is of {_OTHER_MARKS[other]}, which this version doesn't carry", tensor=key
-        )
-    return words
-
-
-def _choose(names: list[str], chosen: str | None, file: Path) -> str | None:
-    """Which adapter of a file is meant, by the names inside its keys."""
-    known = list(dict.fromkeys(names))
-    if chosen is None and len(known) > 1:
-        raise Refused(
-            file, f"holds several adapters ({several(known)}); choose one with --adapter NAME"
-        )
-    if chosen is not None and chosen not in (known or ["default"]):
-        raise Refused(
-            file,
-            f"holds no adapter {printable(chosen, 80)!r}, only {several(known or ['default'])}",
-        )
-    return chosen or (known[0] if known else None)
-
-
-def _part(words: list[str], mark: int, file: Path, key: str) -> tuple[str, str, str | None]:
-    """(module, part, adapter's name or None) of a low-rank key."""
-    module, what, tail = ".".join(words[:mark]), words[mark], words[mark + 1 :]
-    vector = what == "lora_magnitude_vector"
-    leaf = "weight" if vector else None
-    if tail and tail[-1] in ("weight", "bias"):
-        leaf, tail = tail[-1], tail[:-1]
-    allowed = {"lora_A": ("weight",), "lora_B": ("weight", "bias")}.get(what, ("weight",))
-    if leaf not in allowed or len(tail) > 1 or not module:
-        raise Refused(file, "is not a name that PEFT's LoRA has", tensor=key)
-    part = {"lora_A": "a", "lora_B": "b" if leaf == "weight" else "bias"}.get(what, "magnitude")
-    return module, part, tail[0] if tail else None
-
-
-def _low_rank(
-    parts: Mapping[str, Mapping[str, Tensor]],
-    config: Mapping[str, Any],
-    config_file: Path,
-    weights: Path,
-) -> dict[str, LowRank]:
-    """The low-rank updates, their shapes checked against each other and the config."""
-    modules = list(parts)
-    scales = peft_config.scales(config, modules, config_file)
-    for module, wanted in zip(
-        modules, peft_config.targeted(config, modules, config_file), strict=True
-    ):
-        if not wanted:
-            raise Refused(
-                weights,
-                f"the config's target_modules, exclude_modules or layers_to_transform in"
-                f" {CONFIG} leave this module out: PEFT would drop its tensors in silence",
-                tensor=module,
-            )
-    found = {}
-    for module, part in parts.items():
-        for name, mark in (("a", "lora_A"), ("b", "lora_B")):
-            if name not in part:
-                other = next(iter(part.values())).name
-                raise Refused(
-                    weights, f"has no {mark} to go with it; the adapter is incomplete", tensor=other
-                )
-        rank, scale = scales[module]
-        a, b, magnitude, bias = part["a"], part["b"], part.get("magnitude"), part.get("bias")
-        if len(a.shape) != 2 or len(b.shape) != 2:
-            raise Refused(
-                weights,
-                f"shape {list(a.shape)}: LoRA on a convolution or experts, which this version doesn't carry",
-                tensor=a.name,
-            )
-        if a.shape[0] != rank:
-            raise Refused(
-                weights,
-                f"rank {a.shape[0]} (shape {list(a.shape)}), the config says {rank}",
-                tensor=a.name,
-            )
-        _expect(b.shape[1] == rank, weights, b, f"(out, {rank})")
-        dora = bool(config.get("use_dora"))
-        if dora != (magnitude is not None):
-            there = magnitude or a
-            what = (
-                "use_dora is true in the config but this module has no lora_magnitude_vector"
-                if dora
-                else "a DoRA magnitude, but use_dora is not set: PEFT would drop it in silence"
-            )
-            raise Refused(weights, what, tensor=there.name)
-        if magnitude is not None:
-            _expect(magnitude.shape == (b.shape[0],), weights, magnitude, f"[{b.shape[0]}]")
-        if bool(config.get("lora_bias")) != (bias is not None):
-            there = bias or b
-            raise Refused(
-                weights,
-                f"lora_bias is {bool(config.get('lora_bias'))} in the config, which does not fit",
-                tensor=there.name,
-            )
-        if bias is not None:
-            _expect(bias.shape == (b.shape[0],), weights, bias, f"[{b.shape[0]}]")
-        found[module] = LowRank(a, b, scale, magnitude, bias)
-    return found
-
-
-def _expect(fits: bool, file: Path, tensor: Tensor, expected: str) -> None:
-    if not fits:
-        raise Refused(file, f"shape {list(tensor.shape)}, expected {expected}", tensor=tensor.name)
-
-
-def _replacements(
+def replacements(
     plain: Mapping[str, Tensor],
     parts: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -286,6 +121,9 @@ def _replacements(
             at = words.index("modules_to_save")
             words = words[:at] + words[-1:]
         module, _, leaf = ".".join(words).rpartition(".")
+        if words[-2:] == _TOKENS:
+            found[".".join(words)] = _tokens(tensor, module, config, weights)
+            continue
         target = module.removesuffix(".base_layer")
         inside = module != target  # PEFT moves the bias of an adapted module into base_layer
         if leaf == "weight" and inside and kind_of_module(target) in ("embedding", "output head"):
@@ -308,20 +146,31 @@ def _replacements(
             )
         if name not in found:
             found[name] = Replacement(tensor, origin_)
-        elif _same(tensor, found[name].weight):
+        elif same(tensor, found[name].weight):
             copies.append(tensor)  # bias="all" saves the biases of modules_to_save twice
         else:
             raise Refused(weights, f"is there twice, also as {found[name].weight.name}", tensor=key)
     return found, tuple(copies)
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
-    return (one.dtype, one.shape) == (two.dtype, two.shape) and all(
-        a.tobytes() == b.tobytes() for a, b in zip(one.chunks(), two.chunks(), strict=True)
-    )
+def _tokens(tensor: Tensor, module: str, config: Mapping[str, Any], weights: Path) -> Replacement:
+    """Trained rows of an embedding; they replace the base's rows, whatever their name says."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        name = module.removesuffix(".token_adapter")
+        indices = next((v for k, v in indices.items() if name.endswith(k)), None)
+    if not isinstance(indices, list) or len(tensor.shape) != 2 or len(indices) != tensor.shape[0]:
+        found = f"{len(indices)} indices" if isinstance(indices, list) else "no list of indices"
+        raise Refused(
+            weights,
+            f"shape {list(tensor.shape)}, but trainable_token_indices in the config gives {found}"
+            " for it",
+            tensor=tensor.name,
+        )
+    return Replacement(tensor, "trained tokens")
 
 
-def _layers(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | None:
+def layers_of(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | None:
     """Number of blocks of the base, when the config implies it: names that match in every block."""
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("exclude_modules"):
@@ -335,7 +184,7 @@ def _layers(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | N
     return max(b[1] for b in blocks) + 1 if blocks and suffixes else None
 
 
-def _base(
+def base_of(
     config: Mapping[str, Any], metadata: Mapping[str, str], options: ReadOptions
 ) -> tuple[BaseRef, list[Note]]:
     """What is known of the base, and a note when its precision is not."""

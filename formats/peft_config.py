@@ -28,18 +28,29 @@ KINDS = frozenset(_KINDS.split())
 
 # Fields that turn plain-looking LoRA tensors into something else, and its name.
 _OTHER_METHODS = {
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
     "kasa_config": "KaSA (the base's weight is truncated at the start)",
-    "alora_invocation_tokens": "aLoRA (active only after its invocation tokens)",
     "arrow_config": "Arrow (a router over adapters)",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
-    "layer_replication": "layer_replication (the base's layers are repeated)",
-    "target_parameters": "target_parameters (experts or other bare parameters)",
-    "trainable_token_indices": "trainable tokens (rows of the embedding)",
     "megatron_config": "Megatron's parallel layers",
 }
+# Fields that PEFT carries and no other format can: what each makes of the adapter.
+PEFT_ONLY = {
+    "alora_invocation_tokens": "aLoRA: it acts only after its invocation tokens, and elsewhere it"
+    " would act always",
+    "layer_replication": "layer_replication: its layers are counted in a base whose layers are"
+    " repeated; repeat them in the base first",
+}
+# transformers 5 fused the experts of these models; PEFT 0.21.2 then takes targets by their old
+# names for the experts' parameters (utils/transformers_weight_conversion.py), and a linear layer
+# of that name, in a shared expert or a dense block, can't be targeted any more.
+_OLD_EXPERTS = {
+    ("gate", "w1", "w2", "w3"): "mixtral minimax minimax_m2",
+    ("gate", "gate_proj", "up_proj", "down_proj"): "qwen2_moe qwen3_moe qwen3_next olmoe flex_olmo"
+    " afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe"
+    " glm4_moe glm4_moe_lite glm_moe_dsa glm4v_moe hunyuan_v1_moe longcat_flash mellum solar_open",
+}
+TAKEN_FOR_EXPERTS = {m: names for names, ms in _OLD_EXPERTS.items() for m in ms.split()}
 # Initialisations that move the base weight; the file alone is relative to the moved base.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Those that only choose where the factors start (peft 0.21.2, tuners/lora/layer.py).
@@ -60,6 +71,11 @@ _NUMBERS = {
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "qalora_group_size",
+    "use_bdlora",
 }
 _HARMLESS = {
     "peft_type",
@@ -76,12 +92,11 @@ _HARMLESS = {
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "qalora_group_size",
     "runtime_config",
     "ensure_weight_tying",
     "use_dora_fast",
 }
-KNOWN = _NUMBERS | _HARMLESS | set(_OTHER_METHODS)
+KNOWN = _NUMBERS | _HARMLESS | set(_OTHER_METHODS) | set(PEFT_ONLY)
 MAX_RANK = 1 << 16
 
 
@@ -97,6 +112,11 @@ def _is_texts(v: Any) -> bool:
     return isinstance(v, list) and all(isinstance(x, str) for x in v)
 
 
+def _is_indices(v: Any) -> bool:
+    lists = list(v.values()) if isinstance(v, dict) else [v]
+    return all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in lists)
+
+
 def _is_layers(v: Any) -> bool:
     return type(v) is int or (isinstance(v, list) and all(type(x) is int for x in v))
 
@@ -106,6 +126,8 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "r": (_is_rank, f"an integer from 1 to {MAX_RANK}"),
     "lora_alpha": (lambda v: _is_number(v) and abs(v) < 1e9, "a finite number below 1e9"),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_qalora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_bdlora": (lambda v: isinstance(v, dict), "an object"),
     "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
     "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
@@ -127,6 +149,9 @@ _TYPES: dict[str, tuple[Any, str]] = {
         "a list of names or one pattern",
     ),
     "modules_to_save": (_is_texts, "a list of names"),
+    "target_parameters": (_is_texts, "a list of names"),
+    "trainable_token_indices": (_is_indices, "a list of token indices, or an object of such"),
+    "alora_invocation_tokens": (_is_indices, "a list of token indices"),
     "layers_to_transform": (_is_layers, "an integer or a list of integers"),
     "layers_pattern": (lambda v: isinstance(v, str) or _is_texts(v), "a name or a list of names"),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
@@ -136,17 +161,40 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "lora_dropout": (_is_number, "a number"),
 }
 _NULL_IS_WRONG = ("r", "lora_alpha")
+# Fields of _TYPES that mean the same for PEFT's other methods.
+_SHARED = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+)
 
 
-def check(config: Mapping[str, Any], file: Path) -> list[str]:
-    """Refuse a config that isn't plain LoRA/rsLoRA/DoRA; returns names of unknown fields in use."""
+def kind_of(config: Mapping[str, Any], file: Path) -> str:
+    """The config's peft_type, one of `KINDS`."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise Refused(file, f"peft_type is {printable(repr(kind), 60)}, which no PEFT method has")
-    if kind != "LORA":
-        raise Refused(
-            file, f"is a {kind} adapter; this version reads LORA (LoRA, rsLoRA, DoRA) only"
-        )
+    return kind
+
+
+def check_common(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse odd values of the fields that other methods than LoRA share with it."""
+    for field in _SHARED:
+        test, expected = _TYPES[field]
+        value = config.get(field)
+        if value is not None and not test(value):
+            raise Refused(file, f"{field} is {printable(repr(value), 80)}, expected {expected}")
+
+
+def check(config: Mapping[str, Any], file: Path) -> list[str]:
+    """Refuse a config that isn't of LoRA's family; returns names of unknown fields in use."""
+    if (kind := kind_of(config, file)) != "LORA":
+        raise Refused(file, f"is a {kind} adapter, not LORA")
     for field, (test, expected) in _TYPES.items():
         value = config.get(field)
         if (
@@ -158,17 +206,10 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
     for field, name in _OTHER_METHODS.items():
         value = config.get(field)
         # PEFT asks whether these are None: an empty one counts
-        if value or (value is not None and field.endswith(("_config", "_tokens"))):
+        if value or (value is not None and field.endswith("_config")):
             raise Refused(file, f"{field} is set: {name}; this version doesn't carry it")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_MOVES_BASE):
-        raise Refused(
-            file,
-            f"init_lora_weights is {printable(init, 40)!r}: training moved the base weight, so the"
-            " factors alone are not the update; save it in PEFT with"
-            " path_initial_model_for_weight_conversion=..., which gives plain LoRA",
-        )
-    if isinstance(init, str) and init.lower() not in _LEAVES_BASE:
+    if isinstance(init, str) and not moves_base(config) and init.lower() not in _LEAVES_BASE:
         raise Refused(
             file,
             f"init_lora_weights is {printable(init, 40)!r}, which no PEFT up to 0.21.2 has: whether it"
@@ -177,13 +218,19 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
     return sorted(k for k, v in config.items() if k not in KNOWN and v not in (None, False, {}, []))
 
 
+def moves_base(config: Mapping[str, Any]) -> bool:
+    """Whether training began by moving the base weight: the factors alone are not the update."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(_MOVES_BASE)
+
+
 def scales(
     config: Mapping[str, Any], modules: Sequence[str], file: Path
 ) -> dict[str, tuple[int, float]]:
     """(rank, scale) of every module as PEFT computes them: alpha/r, or alpha/sqrt(r) for rsLoRA."""
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    ranks = _looked_up(config.get("rank_pattern") or {}, modules, rank, file, "rank_pattern")
-    alphas = _looked_up(config.get("alpha_pattern") or {}, modules, alpha, file, "alpha_pattern")
+    ranks = looked_up(config.get("rank_pattern") or {}, modules, rank, file, "rank_pattern")
+    alphas = looked_up(config.get("alpha_pattern") or {}, modules, alpha, file, "alpha_pattern")
     rooted = config.get("use_rslora")
     return {
         m: (r, a / math.sqrt(r) if rooted else a / r)
@@ -191,7 +238,7 @@ def scales(
     }
 
 
-def _looked_up(
+def looked_up(
     pattern: Mapping[str, Any], modules: Sequence[str], default: Any, file: Path, what: str
 ) -> list[Any]:
     if not pattern:

@@ -18,6 +18,17 @@ def notes_on(
     """Traps that don't make the adapter wrong but surprise people."""
     notes = []
     modules = [m for m, u in updates.items() if isinstance(u, LowRank)]
+    if peft_config.moves_base(config):
+        notes.append(
+            Note(
+                "moved-base",
+                f"init_lora_weights is {config['init_lora_weights']!r}: training moved the base"
+                " weight, and the factors are relative to that",
+            )
+        )
+    for field in peft_config.PEFT_ONLY:
+        if config.get(field) is not None:
+            notes.append(Note("peft-only", f"{field} is set: {peft_config.PEFT_ONLY[field]}"))
     # what PEFT does with a module that it targets and finds no tensors for
     missing = (
         "PEFT only warns, and gives it RANDOM factors, because init_lora_weights is false"

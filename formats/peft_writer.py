@@ -14,12 +14,17 @@ from loraduct.adapter import Adapter, LowRank, Replacement, Update
 from loraduct.architectures import block_of
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, peft_config
-from loraduct.formats.peft import PREFIX
+from loraduct.formats.peft_keys import PREFIX
+from loraduct.formats.peft_lora import flattened, key_of, matches, nested
 from loraduct.formats.safetensors_file import ordered
 from loraduct.tensor import Tensor
 from loraduct.text import several
 
 METADATA = {"format": "pt"}
+_KEYS = {
+    "linear": (".lora_A.weight", ".lora_B.weight"),
+    "embedding": (".lora_embedding_A", ".lora_embedding_B"),
+}
 
 
 def config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
@@ -40,17 +45,20 @@ def config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _describes(config: Mapping[str, Any], adapter: Adapter) -> bool:
     updates, file = adapter.low_rank, adapter.path / CONFIG
-    modules = list(updates)
+    keys = {m: key_of(m, u) for m, u in updates.items()}
+    modules, parameters = _kinds(updates)
+    named = config.get("target_parameters") or []
     try:
         peft_config.check(config, file)
-        scales = peft_config.scales(config, modules, file)
-        wanted = peft_config.targeted(config, modules, file)
+        scales = peft_config.scales(config, list(keys.values()), file)
+        wanted = peft_config.targeted(config, [keys[m] for m in modules], file)
     except Refused:
         return False
     return (
         all(wanted)
+        and all(any(matches(t, keys[p]) for t in named) for p in parameters)
         and all(
-            scales[m][0] == u.rank and isclose(scales[m][1], u.scale, rel_tol=1e-12)
+            scales[keys[m]][0] == u.rank and isclose(scales[keys[m]][1], u.scale, rel_tol=1e-12)
             for m, u in updates.items()
         )
         and bool(config.get("use_dora")) == (adapter.method == "dora")
@@ -58,9 +66,16 @@ def _describes(config: Mapping[str, Any], adapter: Adapter) -> bool:
         and (
             not adapter.replacements
             or config.get("modules_to_save")
+            or config.get("trainable_token_indices")
             or config.get("bias", "none") != "none"
         )
     )
+
+
+def _kinds(updates: Mapping[str, LowRank]) -> tuple[list[str], list[str]]:
+    """Modules, and bare parameters (experts, routers)."""
+    bare = [m for m, u in updates.items() if u.layout in ("experts", "parameter", "weight")]
+    return [m for m in updates if m not in set(bare)], bare
 
 
 def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -83,15 +98,17 @@ def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], d
         "layers_pattern": None,
     }
     config |= {k: past[k] for k in config if k in past} | {
+        "peft_type": "LORA",
+        "bias": _bias(adapter, past),
         "init_lora_weights": True,  # false would fill what PEFT misses with random numbers
         "r": rank,
         "lora_alpha": _alpha(rank, scale),
         "use_rslora": False,
         "use_dora": adapter.method == "dora",
         "lora_bias": any(u.bias is not None for u in updates.values()),
-        "rank_pattern": {m: u.rank for m, u in odd.items() if u.rank != rank},
+        "rank_pattern": {key_of(m, u): u.rank for m, u in odd.items() if u.rank != rank},
         "alpha_pattern": {
-            m: _alpha(u.rank, u.scale)
+            key_of(m, u): _alpha(u.rank, u.scale)
             for m, u in odd.items()
             if _alpha(u.rank, u.scale) != _alpha(rank, scale)
         },
@@ -104,7 +121,7 @@ def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], d
         }
         modules = [*updates, *(set(adapter.base_modules) - set(updates))]
         exact = [True] * len(updates) + [False] * (len(modules) - len(updates))
-        if peft_config.targeted(kept, modules, adapter.path) == exact:
+        if not _kinds(updates)[1] and peft_config.targeted(kept, modules, adapter.path) == exact:
             config |= kept
     fields = {
         "r": str(rank),
@@ -118,6 +135,13 @@ def _fresh(adapter: Adapter, past: Mapping[str, Any]) -> tuple[dict[str, Any], d
     return config, fields
 
 
+def _bias(adapter: Adapter, past: Mapping[str, Any]) -> str:
+    """Which biases are trained, in LoRA's words; other methods say ``vera_only``, or nothing."""
+    bias = str(past.get("bias") or "none")
+    trained = any(r.origin == "bias" for r in adapter.replacements.values())
+    return "lora_only" if bias.endswith("_only") or (bias == "none" and trained) else bias
+
+
 def _alpha(rank: int, scale: float) -> int | float:
     """lora_alpha such that PEFT's alpha / rank gives the scale back."""
     alpha = scale * rank
@@ -125,19 +149,33 @@ def _alpha(rank: int, scale: float) -> int | float:
 
 
 def targets_of(adapter: Adapter, dropped: Sequence[str] = ()) -> dict[str, Any]:
-    """target_modules and layers_to_transform that select exactly the adapted modules.
+    """target_modules, layers_to_transform and target_parameters that select exactly what is adapted.
 
     The shortest form that selects none of the other modules: those of the base when it is known,
     those of every architecture that fits when not, and those that were left out.
     """
-    modules = list(adapter.low_rank)
+    modules, bare = _kinds(adapter.low_rank)
+    parameters = _parameters([key_of(m, adapter.low_rank[m]) for m in bare], adapter.layers)
+    modules = sorted({key_of(m, adapter.low_rank[m]) for m in modules})
     others = {*dropped, *(adapter.base_modules or architectures.siblings(modules))} - set(modules)
     names = [*modules, *others]
     exact = [True] * len(modules) + [False] * len(others)
     for form in _forms(modules, adapter.layers):
         if peft_config.targeted(form, names, adapter.path) == exact:
-            return form
-    return {"target_modules": sorted(modules), "layers_to_transform": None}
+            return form | parameters
+    return {"target_modules": sorted(modules), "layers_to_transform": None} | parameters
+
+
+def _parameters(names: list[str], n_layers: int | None) -> dict[str, Any]:
+    """target_parameters: ends of paths where every block has them, else whole paths."""
+    if not names:
+        return {}
+    blocks = [b for n in names if (b := block_of(n))]
+    layers, relative = {b[1] for b in blocks}, {b[2] for b in blocks}
+    every = len(blocks) == len(names) == len(layers) * len(relative)
+    if every and n_layers is not None and len(layers) == n_layers:
+        return {"target_parameters": sorted(relative)}
+    return {"target_parameters": sorted(names)}
 
 
 def _forms(modules: list[str], n_layers: int | None) -> Iterator[dict[str, Any]]:
@@ -158,7 +196,8 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
     if adapter.method == "full":
         raise Refused(
             adapter.path,
-            "is a full fine-tune, not an adapter: it has no low-rank form to write for PEFT",
+            f"is {adapter.technique or 'a full fine-tune, not an adapter'}: it replaces whole"
+            " parameters and has no low-rank form to write for PEFT",
         )
     if not adapter.low_rank:
         raise Refused(adapter.path, "no low-rank update is left; PEFT needs at least one")
@@ -170,24 +209,53 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
             tensors[name] = tensor
             account.carry(name, tensor)
 
+    _, bare = _kinds(adapter.low_rank)
+    paths = nested(key_of(m, adapter.low_rank[m]) for m in bare)
     for module, u in adapter.low_rank.items():
-        put(f"{PREFIX}{module}.lora_A.weight", u.a)
-        put(f"{PREFIX}{module}.lora_B.weight", u.b)
-        put(f"{PREFIX}{module}.lora_magnitude_vector", u.magnitude)
-        put(f"{PREFIX}{module}.lora_B.bias", u.bias)
+        stem = PREFIX + paths.get(key_of(module, u), module)
+        a, b = _KEYS.get(u.layout, _KEYS["linear"])
+        flat = flattened(u) if u.layout == "experts" else u
+        put(stem + a, flat.a)
+        put(stem + b, flat.b)
+        put(f"{stem}.lora_magnitude_vector", u.magnitude)
+        put(f"{stem}.lora_B.bias", u.bias)
     targeted = adapter.low_rank
     for name, replacement in adapter.replacements.items():
         module, _, leaf = name.rpartition(".")
         inner = ".base_layer" if replacement.origin == "bias" and module in targeted else ""
         put(f"{PREFIX}{module}{inner}.{leaf}", replacement.weight)
     config, account.fields = config_for(adapter)
+    if bare and (config.get("rank_pattern") or config.get("alpha_pattern")):
+        account.notes.append(
+            "PEFT 0.21 warns that patterns for bare parameters (experts, routers) match no module and"
+            " are ignored: it uses them all the same"
+        )
     return ordered(tensors), config, account
+
+
+def reachable(adapter: Adapter) -> Adapter:
+    """Linear layers whose names PEFT takes for something else, as weights of their modules."""
+    taken = peft_config.TAKEN_FOR_EXPERTS.get(adapter.model_type or "", ())
+    done: dict[str, Update] = dict(adapter.updates)
+    for module, u in adapter.low_rank.items():
+        if u.layout == "linear" and module.rpartition(".")[2] in taken:
+            if u.magnitude is not None:
+                raise Refused(
+                    adapter.weights,
+                    f"is DoRA on a linear layer of a {adapter.model_type} model whose name PEFT 0.21"
+                    " takes for the experts' parameters: it can't target it; leave it out with"
+                    " --exclude",
+                    tensor=module,
+                )
+            done[module] = replace(u, layout="weight")
+    return replace(adapter, updates=done)
 
 
 def uniform_config(adapter: Adapter) -> Adapter:
     """The adapter's config rewritten for one rank and one alpha without patterns or rsLoRA."""
     update = next(iter(adapter.low_rank.values()))
-    config = dict(adapter.config) if adapter.format == "peft" else config_for(adapter)[0]
+    own = adapter.format == "peft" and adapter.technique is None
+    config = dict(adapter.config) if own else config_for(adapter)[0]
     config |= {
         "r": update.rank,
         "lora_alpha": _alpha(update.rank, update.scale),
@@ -201,7 +269,7 @@ def uniform_config(adapter: Adapter) -> Adapter:
 def narrowed(adapter: Adapter, dropped: Mapping[str, Update]) -> Adapter:
     """The adapter's config cut down to the updates that are left when ``dropped`` are not."""
     config = dict(adapter.config)
-    gone = [n for n, u in dropped.items() if isinstance(u, LowRank)]
+    gone = [n for n, u in dropped.items() if not isinstance(u, Replacement)]
     config |= targets_of(adapter, gone)
     config["init_lora_weights"] = True  # false would fill what PEFT misses with random numbers
     saved = [n.rpartition(".")[0] for n, r in adapter.replacements.items() if r.origin != "bias"]

@@ -230,3 +230,138 @@ def test_prompts_file(workshop: Path, fixed: Path, cli: Cli, tmp_path: Path) -> 
         result = cli("validate", workshop / "peft", "--base", fixed, "--prompts", prompts)
         assert result.exit_code == 1
         assert "prompts.jsonl" in result.stderr
+
+
+def edited(base: Path, to: Path, **fields: Any) -> Path:
+    """A copy of the base with fields of its config changed."""
+    shutil.copytree(base, to)
+    config = json.loads((to / "config.json").read_text()) | fields
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_prompts_line_by_line(tmp_path: Path) -> None:
+    """Lines are counted as an editor counts them; a brace alone doesn't make JSON of a text."""
+    from loraduct.cli.validate import _prompts
+    from loraduct.errors import Refused
+
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_text("{name}, hello\n\nsecond\u2028half\r\n")
+    assert _prompts(plain) == ["{name}, hello", "second\u2028half"]
+    plain.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')
+    assert _prompts(plain) == ["one", "two"]
+    for bad in ("{broken", '{"text": "x"}', '{"prompt": 3}'):
+        lines.write_text(f'{{"prompt": "one"}}\n\n\n{bad}\n')
+        with pytest.raises(Refused, match="line 4 "):
+            _prompts(lines)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"vocab_size": "many"}, "vocab_size is 'many', expected a positive integer"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_odd_values_in_the_base_config_are_refused(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    base = edited(fixed, tmp_path / "odd", **fields)
+    result = cli("validate", workshop / "mlx", workshop / "mlx", "--base", base)
+    assert result.exit_code == 1, result.output
+    assert f"{base / 'config.json'}: {said}" in result.stderr
+
+
+def test_odd_bits_of_a_packed_base_are_refused(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    base = edited(fixed, tmp_path / "odd", quantization={"bits": "four", "group_size": 32})
+    tensors = {
+        n: t.astype(np.uint32) if t.ndim == 2 else t
+        for n, t in load_file(base / "model.safetensors").items()
+    }
+    save_file(tensors, base / "model.safetensors")
+    result = cli("validate", workshop / "mlx", "--base", base)
+    assert result.exit_code == 1, result.output
+    assert "config.json: quantization.bits is 'four', expected an integer" in result.stderr
+
+
+def test_checks_say_whose_they_are_and_the_verdict_comes_last(
+    workshop: Path, fixed: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraduct.validation.parity.lines", lambda parity: ["  greedy text"])
+    words = ("validate", workshop / "peft", workshop / "mlx", "--base", fixed)
+    result = cli(*words)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[-2:] == ["  greedy text", "passed"]
+    values = [line.split("values", 1)[1].split()[0] for line in lines if " values " in line]
+    assert values == ["A:", "B:"]
+    checks = json.loads(cli(*words, "--json").stdout)["checks"]
+    owners = [(c["name"], c.get("adapter")) for c in checks]
+    assert {o for o in owners if o[0] == "shapes"} == {("shapes", "A"), ("shapes", "B")}
+    assert {o[1] for o in owners if o[0] in ("config", "base", "dW", "logits")} == {None}
+    alone = document(cli("validate", workshop / "peft", "--base", fixed, "--json"))
+    assert "adapter" not in alone["by"]["shapes"]
+
+
+def test_a_base_without_weights(workshop: Path, fixed: Path, cli: Cli, tmp_path: Path) -> None:
+    base = tmp_path / "bare"
+    base.mkdir()
+    shutil.copy(fixed / "config.json", base)
+    result = cli("validate", workshop / "peft", "--base", base)
+    assert result.exit_code == 0
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("passed, but names and shapes were not compared: the base has no")
+    result = cli("validate", workshop / "peft", workshop / "mlx", "--base", base)
+    assert result.exit_code == 1
+    assert f"{base}: holds no weights" in result.stderr
+
+
+def test_rope_settings_that_contradict_each_other(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    base = edited(fixed, tmp_path / "torn", rope_theta=10000)
+    before = (base / "config.json").read_bytes()
+    args = ["validate", workshop / "peft", workshop / "mlx", "--base", base, "--json"]
+    by = document(cli(*args))["by"]
+    for name in ("config", "base"):
+        assert "rope_theta=10000 and, in rope_parameters, 500.0" in by[name]["detail"]
+    result = cli(*args, "--fix-base-config")
+    assert result.exit_code == 1
+    assert "rope_theta=10000 and, in rope_parameters, 500.0" in result.stderr
+    assert (base / "config.json").read_bytes() == before
+
+
+def test_both_forms_of_rope_scaling_are_no_contradiction() -> None:
+    from loraduct.formats.base import misread_fields, rope_conflicts
+
+    new = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+    old = {"type": "llama3", "factor": 8, "rope_type": "llama3"}
+    config = {"rope_parameters": new, "rope_theta": 500000, "rope_scaling": old}
+    assert not misread_fields(config)
+    assert not rope_conflicts(config)
+    for wrong in (old | {"factor": 4}, {"type": "linear", "factor": 8}):
+        assert set(rope_conflicts(config | {"rope_scaling": wrong})) == {"rope_scaling"}
+    assert set(misread_fields(config | {"rope_scaling": None})) == {"rope_scaling"}
+
+
+def test_the_base_is_left_alone_when_the_adapter_is_refused(
+    workshop: Path, cli: Cli, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(workshop / "base", base)
+    before = (base / "config.json").read_bytes()
+    result = cli("validate", tmp_path / "nosuch", "--base", base, "--fix-base-config")
+    assert result.exit_code == 1
+    assert (base / "config.json").read_bytes() == before
+
+
+def test_an_error_of_the_name_map_names_its_file(
+    workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.json"
+    names.write_text('{"model.layers.{}.other": "model.layers.{}.other"}')
+    result = cli("validate", workshop / "mlx", "--base", fixed, "--name-map", names, "--json")
+    assert result.exit_code == 3
+    assert document(result)["by"]["names"]["detail"].startswith(f"{names}: ")

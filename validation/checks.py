@@ -11,17 +11,22 @@ from loraduct.text import printable
 
 @dataclass(frozen=True)
 class Check:
-    """``status``: passed, failed, warning (worth knowing, not wrong) or skipped (and why)."""
+    """``status``: passed, failed, warning (worth knowing, not wrong) or skipped (and why).
+
+    ``adapter`` is "A" or "B" where there are two and the check is about one of them.
+    """
 
     name: str
     status: str
     detail: str
     module: str | None = None
+    adapter: str | None = None
 
     def line(self) -> str:
         """For people."""
+        whose = f"{self.adapter}: " if self.adapter else ""
         where = f"{printable(self.module)}: " if self.module else ""
-        return f"  {self.status:<8} {self.name:<10} {where}{printable(self.detail, 500)}"
+        return f"  {self.status:<8} {self.name:<10} {whose}{where}{printable(self.detail, 500)}"
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -31,3 +36,11 @@ class Check:
 def passed(checks: Sequence[Check]) -> bool:
     """Whether nothing failed."""
     return all(c.status != "failed" for c in checks)
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """The last line: what was not compared must not hide behind "passed"."""
+    if not passed(checks):
+        return "FAILED"
+    left = dict.fromkeys(c.detail for c in checks if c.status == "skipped")
+    return "passed" + "".join(f", but {printable(detail, 500)}" for detail in left)

@@ -1,27 +1,34 @@
 """Per-module comparison of two adapters' weight updates, in float64, from the files alone.
 
 A second derivation, sharing nothing with converters: ||dW' - dW|| of low-rank updates from the
-QR factors of the stacked difference; of DoRA from the base's weight, row block by row block.
+QR factors of the stacked difference; of DoRA and of replaced weights against the base's weight,
+row block by row block.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loraduct.adapter import LowRank, Replacement, Update
 from loraduct.formats.base import Base
-from loraduct.tensor import as_float32
+from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 # How far dW may be off by storage dtype (relative, Frobenius), and the gain from 1.
 BOUNDS = {"F32": 1e-6, "F16": 1e-3, "BF16": 8e-3}
 GAIN = 3e-3
+EQUAL = BOUNDS["F32"]  # float32 arithmetic alone
 _ROWS = 1 << 21  # weight elements handled at once
 
 
 @dataclass(frozen=True)
 class Delta:
-    """``error`` = ||dW' - dW|| / ||dW||, ``gain`` = <dW', dW> / <dW, dW>."""
+    """``error`` = ||dW' - dW|| / ||dW||, ``gain`` = <dW', dW> / <dW, dW>; NaN: not compared.
+
+    ``decided`` is False where the files can't tell whether the two agree; ``note`` says why.
+    """
 
     module: str
     error: float
@@ -29,11 +36,25 @@ class Delta:
     norm: float
     bound: float
     note: str = ""
+    decided: bool = True
+    gain_bound: float = GAIN
 
     @property
-    def fits(self) -> bool:
-        """Whether both are within bounds."""
-        return self.error <= self.bound and abs(self.gain - 1) <= max(GAIN, self.bound)
+    def fits(self) -> bool | None:
+        """Whether both are within bounds; None where it can't be told."""
+        if not self.decided:
+            return None
+        return self.error <= self.bound and abs(self.gain - 1) <= self.gain_bound
+
+    @property
+    def compared(self) -> bool:
+        """Whether there is a number at all."""
+        return not math.isnan(self.error)
+
+    @property
+    def rounding(self) -> float:
+        """The part of the error that is no change of scale: what rounding looks like."""
+        return math.sqrt(max(0.0, self.error**2 - (self.gain - 1) ** 2))
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -54,25 +75,35 @@ def compare(module: str, first: Update, second: Update, base: Base) -> Delta:
         return Delta(module, 1.0, 0.0, 0.0, bound, f"shapes {shapes[0]} and {shapes[1]}")
     if (first.magnitude is None) != (second.magnitude is None):
         return Delta(module, 1.0, 0.0, 0.0, bound, "one is DoRA, the other is not")
-    if first.magnitude is not None:
-        return _dora(module, first, second, base, bound)
-    return _plain(module, first, second, bound)
+    if first.magnitude is None or second.magnitude is None:
+        return _plain(module, first, second, bound)
+    weight = _own(base, f"{module}.weight", shapes[0])
+    if weight is None:
+        return _dora_by_parts(module, first, second, bound)
+    return _dora(module, first, second, weight, bound)
 
 
 def _bound(*updates: LowRank) -> float:
     return max(BOUNDS[t.stored_dtype] for u in updates for t in (u.a, u.b))
 
 
-def _factors(u: LowRank) -> tuple[Any, Any]:
+def _own(base: Base, parameter: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The base's own weight, if it is there in plain numbers."""
+    weight = base.weight_of(parameter) if base.has_weights else None
+    plain = weight is not None and weight.stored_dtype in BOUNDS and weight.shape == shape
+    return weight if plain else None
+
+
+def _array(tensor: Tensor) -> Any:
     import numpy as np
 
-    return u.a.read(finite=False).astype(np.float64), u.b.read(finite=False).astype(np.float64)
+    return tensor.read(finite=False).astype(np.float64)
 
 
 def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
     import numpy as np
 
-    (a1, b1), (a2, b2) = _factors(first), _factors(second)
+    (a1, b1), (a2, b2) = [(_array(u.a), _array(u.b)) for u in (first, second)]
     left: Any = np.linalg.qr(np.hstack([first.scale * b1, -second.scale * b2]), mode="r")
     right: Any = np.linalg.qr(np.vstack([a1, a2]).T, mode="r")
     off = float(np.linalg.norm(left @ right.T))
@@ -81,10 +112,7 @@ def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
     note = ""
     if first.bias is not None or second.bias is not None:
         biases = [
-            np.zeros(1)
-            if u.bias is None
-            else u.scale * u.bias.read(finite=False).astype(np.float64)
-            for u in (first, second)
+            np.zeros(1) if u.bias is None else u.scale * _array(u.bias) for u in (first, second)
         ]
         off += float(np.linalg.norm(biases[1] - biases[0]))
         note = "with lora_bias"
@@ -102,28 +130,20 @@ def _delta(
     return Delta(module, off / norm, inner / norm2, norm, bound, note)
 
 
-def _dora(module: str, first: LowRank, second: LowRank, base: Base, bound: float) -> Delta:
+def _dora(module: str, first: LowRank, second: LowRank, weight: Tensor, bound: float) -> Delta:
     """dW = m * (W + s b a) / ||W + s b a||_row - W, with the base's W."""
     import numpy as np
 
-    weight = base.tensors.get(f"{module}.weight") if base.has_weights else None
-    if weight is None or weight.stored_dtype not in BOUNDS:
-        return Delta(
-            module, 0.0, 1.0, 0.0, bound, "DoRA: not compared, the base's weight is packed"
-        )
-    parts = [_factors(u) for u in (first, second)]
-    magnitudes = [
-        u.magnitude.read(finite=False).astype(np.float64) for u in (first, second) if u.magnitude
+    parts = [
+        (u.scale, _array(u.a), _array(u.b), _array(u.magnitude))
+        for u in (first, second)
+        if u.magnitude
     ]
     off2 = norm2 = inner = 0.0
-    rows, cols = weight.shape
-    step = max(1, _ROWS // cols)
-    for i in range(0, rows, step):
-        j = min(i + step, rows)
-        w = as_float32(weight.rows(i, j, finite=False), weight.dtype).astype(np.float64)
+    for i, j, (w,) in _blocks(weight):
         deltas = []
-        for u, (a, b), m in zip((first, second), parts, magnitudes, strict=True):
-            moved = w + u.scale * (b[i:j] @ a)
+        for scale, a, b, m in parts:
+            moved = w + scale * (b[i:j] @ a)
             deltas.append(m[i:j, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True) - w)
         off2 += float(np.sum((deltas[1] - deltas[0]) ** 2))
         norm2 += float(np.sum(deltas[0] ** 2))
@@ -131,13 +151,80 @@ def _dora(module: str, first: LowRank, second: LowRank, base: Base, bound: float
     return _delta(module, off2**0.5, norm2, inner, bound, "DoRA")
 
 
-def _replaced(module: str, first: Replacement, second: Replacement, base: Base) -> Delta:
+def _dora_by_parts(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
+    """Without W (packed, or not there): equal products and equal magnitudes give an equal dW.
+
+    Parts that differ by more than rounding differ in dW too; what lies between can't be told.
+    """
     import numpy as np
 
-    bound = max(BOUNDS[r.weight.stored_dtype] for r in (first, second))
-    if first.weight.shape != second.weight.shape:
-        return Delta(module, 1.0, 0.0, 0.0, bound, "shapes differ")
-    x, y = (r.weight.read(finite=False).astype(np.float64).ravel() for r in (first, second))
-    return _delta(
-        module, float(np.linalg.norm(y - x)), float(x @ x), float(x @ y), bound, "replaced"
+    product = _plain(module, first, second, bound)
+    m1, m2 = (_array(u.magnitude) for u in (first, second) if u.magnitude)
+    off, norm2 = float(np.linalg.norm(m2 - m1)), float(m1 @ m1)
+    magnitude = _delta(module, off, norm2, float(m1 @ m2), bound, "DoRA: the magnitudes m differ")
+    if not product.fits:
+        return replace(product, note="DoRA: the products b @ a differ")
+    if not magnitude.fits:
+        return magnitude
+    if max(product.error, magnitude.error) <= EQUAL:
+        return replace(product, note="DoRA, by its parts")
+    why = (
+        f"DoRA's products are off by {product.error:.1e} and its magnitudes by"
+        f" {magnitude.error:.1e}, and what that does to dW can't be told without the base's plain"
+        " weight; give the unpacked base"
     )
+    return Delta(module, math.nan, math.nan, math.nan, bound, why, decided=False)
+
+
+def _replaced(module: str, first: Replacement, second: Replacement, base: Base) -> Delta:
+    """The update is what the new weight is away from the base's; training moves it by little.
+
+    Rounding acts on the whole weight, so where both sides are stored in different dtypes it is
+    allowed for at its size; where that could be all of the update, nothing is decided.
+    """
+    x, y = first.weight, second.weight
+    if x.shape != y.shape:
+        return Delta(module, 1.0, 0.0, 0.0, EQUAL, "shapes differ")
+    own = _own(base, module, x.shape)
+    off2 = norm2 = inner = whole2 = 0.0
+    for _, _, (a, b, *w) in _blocks(x, y, *([own] if own else [])):
+        whole2 += float((a * a).sum())
+        off2 += float(((b - a) ** 2).sum())
+        if w:
+            a, b = a - w[0], b - w[0]
+        norm2 += float((a * a).sum())
+        inner += float((a * b).sum())
+    rounded = _rounding(x, y) * whole2**0.5  # the most that storing can have moved it
+    allowed = rounded / norm2**0.5 if norm2 > 0 else math.inf
+    found = _delta(module, off2**0.5, norm2, inner, max(EQUAL, allowed), "replaced")
+    if x.stored_dtype != y.stored_dtype:  # of few values, rounding also shifts the gain by chance
+        by_chance = 4 * found.error / math.sqrt(math.prod(x.shape))
+        found = replace(found, gain_bound=max(GAIN, by_chance))
+    if found.error <= EQUAL or off2**0.5 > rounded or (own and allowed < 1):
+        return found
+    why = (
+        f"storing it in 16 bits may have moved it by {allowed:.1f} times what training did;"
+        " store it in float32"
+        if own
+        else "the base's own weight is not there in plain numbers to compare with"
+    )
+    return replace(found, note=why, decided=False)
+
+
+def _rounding(x: Tensor, y: Tensor) -> float:
+    """Relative error that storing may cost: none of note between equal dtypes."""
+    dtypes = {x.stored_dtype, y.stored_dtype}
+    return sum(UNIT_ROUNDOFF[d] for d in dtypes) if len(dtypes) > 1 else UNIT_ROUNDOFF["F32"]
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[int, int, list[Any]]]:
+    """(start, stop, rows) of tensors of one shape, in float64; elements where it is no matrix."""
+    import numpy as np
+
+    shape = tensors[0].shape
+    count, width = shape if len(shape) == 2 else (math.prod(shape), 1)
+    step = max(1, _ROWS // max(width, 1))
+    for i in range(0, count, step):
+        j = min(i + step, count)
+        rows = [as_float32(t.rows(i, j, finite=False), t.dtype) for t in tensors]
+        yield i, j, [r.astype(np.float64) for r in rows]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loraduct.adapter import Adapter
 from loraduct.architectures import block_of
-from loraduct.formats.base import Base, misread_fields
-from loraduct.text import printable, several
+from loraduct.formats.base import Base
+from loraduct.text import printable
 from loraduct.validation import runtimes
 from loraduct.validation.checks import Check
-from loraduct.validation.delta import BOUNDS, Delta, compare
-from loraduct.validation.structure import hf_names
+from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
+from loraduct.validation.structure import NameMap, hf_names, rope_trap
 
 SAME_RUNTIME = 1e-4  # largest logit difference within one runtime
 BASE_FACTOR, EFFECT_FACTOR = 3.0, 1e-3  # across runtimes: of base against base, of the effect
+ROUNDING_FACTOR = 4.0  # of dW's measured rounding, in the effect on the logits
 BASE_MISREAD = 1e-3  # base against base, relative to the largest logit: above, a config is misread
+PACKED = (
+    "logits were not compared: the base is packed by mlx-lm, torch can't load it; give the unpacked"
+    " base, or compare two MLX adapters"
+)
 
 
 @dataclass
@@ -26,8 +31,18 @@ class Parity:
 
     checks: list[Check] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
+    same_modules: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> list[Delta]:
+        """Modules whose dW was really compared."""
+        return [d for d in self.deltas if d.compared]
+
+    def add(self, name: str, status: str, detail: str, module: str | None = None) -> None:
+        """One more check."""
+        self.checks.append(Check(name, status, detail, module))
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -43,67 +58,75 @@ def check(
     second: Adapter,
     base: Base,
     prompts: Sequence[str],
-    name_map: Mapping[str, str] | None = None,
+    names: NameMap | None = None,
 ) -> Parity:
     """Compare ``second`` with ``first`` on ``base``."""
     parity = Parity()
-    _modules(first, second, base, name_map, parity)
+    _modules(first, second, base, names, parity)
+    kinds = [runtimes.RUNTIME[a.format] for a in (first, second)]
+    if base.quantization is not None and "torch" in kinds:
+        parity.add("logits", "skipped", PACKED)
+        return parity
     try:
-        _logits(first, second, base, prompts, parity)
+        _logits((first, second), kinds, base, prompts, parity)
     except runtimes.RuntimeFailed as e:
-        parity.checks.append(Check("logits", "failed", str(e)))
+        parity.add("logits", "failed", str(e))
     return parity
 
 
 def _modules(
-    first: Adapter,
-    second: Adapter,
-    base: Base,
-    name_map: Mapping[str, str] | None,
-    parity: Parity,
+    first: Adapter, second: Adapter, base: Base, names: NameMap | None, parity: Parity
 ) -> None:
     """dW of every module, and the first one that is off."""
     renamed = []
     for adapter in (first, second):
-        names = hf_names(adapter, base, name_map)
-        if isinstance(names, Check):
-            parity.checks.append(names)
+        to_base = hf_names(adapter, base, names)
+        if isinstance(to_base, Check):
+            parity.checks.append(to_base)
             return
-        renamed.append({names.get(n, n): u for n, u in adapter.updates.items()})
+        renamed.append({to_base.get(n, n): u for n, u in adapter.updates.items()})
     one, two = renamed
+    parity.same_modules = one.keys() == two.keys()
     for name in sorted(one.keys() ^ two.keys(), key=_order)[:1]:
         where = "second" if name in one else "first"
-        parity.checks.append(Check("modules", "failed", f"is not in the {where} adapter", name))
+        parity.add("modules", "failed", f"is not in the {where} adapter", name)
     shared = sorted(one.keys() & two.keys(), key=_order)
     parity.deltas = [compare(n, one[n], two[n], base) for n in shared]
-    guilty = [d for d in parity.deltas if not d.fits]
+    _judge(parity)
+
+
+def _judge(parity: Parity) -> None:
+    """The dW checks: what is off, what agrees, what can't be told, what was not compared."""
+    count = len(parity.deltas)
+    guilty = [d for d in parity.deltas if d.fits is False]
+    fine = [d for d in parity.deltas if d.fits]
     if guilty:
         d = guilty[0]
-        parity.checks.append(
-            Check(
-                "dW",
-                "failed",
-                f"relative error {d.error:.2e} (bound {d.bound:.0e}), gain {d.gain:.5f}"
-                f"{f'; {d.note}' if d.note else ''}; {len(guilty)} of {len(shared)} modules are off",
-                d.module,
-            )
+        what = f"relative error {d.error:.2e} (bound {d.bound:.0e}), gain {d.gain:.5f}"
+        what += f"; {d.note}" if d.note else ""
+        parity.add("dW", "failed", f"{what}; {len(guilty)} of {count} modules are off", d.module)
+    elif fine:
+        worst = max(fine, key=lambda d: d.error)
+        gains = [d.gain for d in fine]
+        parity.add(
+            "dW",
+            "passed",
+            f"{len(fine)} modules, largest relative error {worst.error:.1e} (bound"
+            f" {worst.bound:.0e}), gain {min(gains):.6f} to {max(gains):.6f}",
         )
-    elif parity.deltas:
-        worst = max(parity.deltas, key=lambda d: d.error)
-        gains = [d.gain for d in parity.deltas]
-        parity.checks.append(
-            Check(
-                "dW",
-                "passed",
-                f"{len(shared)} modules, largest relative error {worst.error:.1e} (bound"
-                f" {worst.bound:.0e}), gain {min(gains):.6f} to {max(gains):.6f}",
-            )
-        )
+    if unsure := [d for d in parity.compared if d.fits is None]:
+        what = f"not decided in {len(unsure)} of {count}: {unsure[0].note}"
+        parity.add("dW", "warning", what, unsure[0].module)
+    if left := [d for d in parity.deltas if not d.compared]:
+        what = f"dW was not compared in {len(left)} of {count} modules ({left[0].module}):"
+        parity.add("dW", "skipped", f"{what} {left[0].note}")
+    if parity.compared:
+        worst = max(parity.compared, key=lambda d: d.error)
         parity.numbers |= {
             "dw_worst_relative_error": worst.error,
             "dw_worst_module": worst.module,
-            "gain_min": min(gains),
-            "gain_max": max(gains),
+            "gain_min": min(d.gain for d in parity.compared),
+            "gain_max": max(d.gain for d in parity.compared),
         }
 
 
@@ -114,75 +137,113 @@ def _order(name: str) -> tuple[Any, ...]:
 
 
 def _logits(
-    first: Adapter, second: Adapter, base: Base, prompts: Sequence[str], parity: Parity
+    adapters: Sequence[Adapter],
+    kinds: Sequence[str],
+    base: Base,
+    prompts: Sequence[str],
+    parity: Parity,
 ) -> None:
     """The real runtimes on the same tokens."""
-    import numpy as np
-
-    kinds = [runtimes.RUNTIME[a.format] for a in (first, second)]
     ids, tokenizer = runtimes.tokenize(base, prompts)
     bare = {k: runtimes.run(k, base, None, ids) for k in dict.fromkeys(kinds)}
     across = kinds[0] != kinds[1]
     base_off = _largest(bare[kinds[0]].logits, bare[kinds[1]].logits) if across else 0.0
     parity.numbers |= {"runtimes": kinds, "prompts": len(ids), "base_max_difference": base_off}
+    for kind, run in bare.items():
+        if not _finite(run.logits):
+            parity.add("base", "failed", f"the bare base computes NaN or Inf in {kind}")
+            return
     if across and not _base_agrees(base, base_off, bare[kinds[0]].logits, parity):
         return
-    runs = [runtimes.run(k, base, a.path, ids) for k, a in zip(kinds, (first, second), strict=True)]
-    effect = _largest(bare[kinds[0]].logits, runs[0].logits)
-    diffs = [np.abs(x - y) for x, y in zip(runs[0].logits, runs[1].logits, strict=True)]
-    worst = max(float(d.max()) for d in diffs)
-    dtypes = {t.dtype for a in (first, second) for t in a.tensors()}
-    # storage in 16 bits, where one side has it, costs its own rounding
-    coarse = max(BOUNDS.get(d, 0.0) for d in dtypes) if len(dtypes) > 1 else 0.0
-    bound = (
-        max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, coarse) * effect)
-        if across
-        else max(SAME_RUNTIME, coarse * effect)
-    )
-    agree, decided = _top1(runs[0].logits, runs[1].logits, worst)
-    parity.numbers |= {
-        "max_difference": worst,
-        "bound": bound,
-        "effect": effect,
-        "mean_difference": float(np.mean([d.mean() for d in diffs])),
-        "kl": float(
-            np.mean([_kl(x, y) for x, y in zip(runs[0].logits, runs[1].logits, strict=True)])
-        ),
-        "top1_agreement": agree,
-        "top1_decided_positions": decided,
-        "greedy_equal": runs[0].greedy == runs[1].greedy,
-    }
+    runs = [runtimes.run(k, base, a, ids) for k, a in zip(kinds, adapters, strict=True)]
     if tokenizer is not None:
-        parity.text = {
-            "base": tokenizer.decode(bare[kinds[0]].greedy),
-            "first": tokenizer.decode(runs[0].greedy),
-            "second": tokenizer.decode(runs[1].greedy),
+        shown = {"base": bare[kinds[0]], "first": runs[0], "second": runs[1]}
+        parity.text = {name: tokenizer.decode(run.greedy) for name, run in shown.items()}
+    effect = _largest(bare[kinds[0]].logits, runs[0].logits)
+    allowed = _allowed(adapters, parity)
+    bound = (
+        max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, allowed) * effect)
+        if across
+        else max(SAME_RUNTIME, allowed * effect)
+    )
+    parity.numbers |= _measured(runs, bound) | {"bound": bound, "effect": effect}
+    broken = [
+        f"{label} computes NaN or Inf in {kind}"
+        for label, kind, run in zip("AB", kinds, runs, strict=True)
+        if not _finite(run.logits)
+    ]
+    if broken:
+        parity.add("logits", "failed", "; ".join(broken))
+        parity.add("top-1", "failed", "the logits hold NaN or Inf")
+        return
+    _judge_logits(" / ".join(dict.fromkeys(kinds)), parity)
+
+
+def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
+    """How much of its effect an adapter may lose to a rounding that was measured in dW.
+
+    A change of scale is no rounding and gets nothing; nor does what exact storage can't lose.
+    """
+    dtypes = {t.dtype for a in adapters for u in a.updates.values() for t in u.tensors}
+    coarsest = max((BOUNDS.get(d, 0.0) for d in dtypes), default=0.0)
+    measured = max((d.rounding for d in parity.compared), default=0.0)
+    return min(ROUNDING_FACTOR * measured, coarsest)
+
+
+def _measured(runs: Sequence[runtimes.Run], bound: float) -> dict[str, Any]:
+    """The numbers of two runs of the same tokens."""
+    import numpy as np
+
+    pairs = list(zip(runs[0].logits, runs[1].logits, strict=True))
+    with np.errstate(invalid="ignore"):
+        agree, decided = _top1(pairs, bound)
+        return {
+            "max_difference": _largest(runs[0].logits, runs[1].logits),
+            "mean_difference": float(np.mean([np.abs(x - y).mean() for x, y in pairs])),
+            "kl": float(np.mean([_kl(x, y) for x, y in pairs])),
+            "top1_agreement": agree,
+            "top1_decided_positions": decided,
+            "greedy_equal": runs[0].greedy == runs[1].greedy,
         }
-    fine = worst <= bound and np.isfinite(worst)
-    where = " / ".join(dict.fromkeys(kinds))
-    parity.checks.append(
-        Check(
-            "logits",
-            "passed" if fine else "failed",
-            f"{where}: largest difference {worst:.2e} (bound {bound:.2e}), the adapter's own effect"
-            f" {effect:.3g}, KL {parity.numbers['kl']:.1e}"
-            + (
-                ""
-                if fine or any(not d.fits for d in parity.deltas)
-                else "; dW agrees in every module, so the runtimes or the base differ"
-            ),
-            next((d.module for d in parity.deltas if not d.fits), None) if not fine else None,
-        )
+
+
+def _judge_logits(where: str, parity: Parity) -> None:
+    """The checks drawn from finite logits."""
+    n = parity.numbers
+    fine = n["max_difference"] <= n["bound"]
+    what = (
+        f"{where}: largest difference {n['max_difference']:.2e} (bound {n['bound']:.2e}), the"
+        f" adapter's own effect {n['effect']:.3g}, KL {n['kl']:.1e}"
     )
-    parity.checks.append(
-        Check(
-            "top-1",
-            "passed" if agree == 1.0 else "failed",
-            f"agrees at {agree:.1%} of {decided} positions where the margin decides",
-        )
+    guilty = None if fine else next((d.module for d in parity.deltas if d.fits is False), None)
+    if not fine and guilty is None:
+        what += f"; {_cause(parity)}"
+    parity.add("logits", "passed" if fine else "failed", what, guilty)
+    agree, decided = n["top1_agreement"], n["top1_decided_positions"]
+    if agree is None:
+        what = "top-1 was not compared: no position's margin exceeds twice the bound"
+        parity.add("top-1", "skipped", what)
+    else:
+        what = f"agrees at {agree:.1%} of {decided} positions where the margin decides"
+        parity.add("top-1", "passed" if agree == 1.0 else "failed", what)
+    if n["effect"] == 0:
+        parity.add("effect", "warning", "the adapter changes no logit at all")
+
+
+def _cause(parity: Parity) -> str:
+    """What dW says of logits that differ though no module is out of bounds."""
+    if not parity.same_modules:
+        return "the adapters don't adapt the same modules"
+    if not parity.compared:
+        return "dW was not compared"
+    worst = max(parity.compared, key=lambda d: d.error)
+    if worst.error <= EQUAL and all(d.fits for d in parity.deltas):
+        return "dW agrees in every module, so the runtimes or the base differ"
+    left = len(parity.deltas) - len(parity.compared)
+    return (
+        f"the module that differs most is {worst.module} (relative error {worst.error:.1e}, gain"
+        f" {worst.gain:.5f})" + (f"; dW was not compared in {left} modules" if left else "")
     )
-    if effect == 0:
-        parity.checks.append(Check("effect", "warning", "the adapter changes no logit at all"))
 
 
 def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) -> bool:
@@ -191,27 +252,25 @@ def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) 
 
     largest = max(float(np.abs(x).max()) for x in logits)
     if off <= BASE_MISREAD * largest:
-        parity.checks.append(
-            Check("base", "passed", f"torch and mlx agree on the bare base to {off:.1e}")
-        )
+        parity.add("base", "passed", f"torch and mlx agree on the bare base to {off:.1e}")
         return True
-    missing = misread_fields(base.config)
-    why = (
-        f"{base.path / 'config.json'} has {several([f'{k}={v}' for k, v in missing.items()])} only"
-        " inside rope_parameters, which mlx-lm's model does not read; run again with --fix-base-config"
-        if missing
-        else "the runtimes disagree on the base model itself, not on the adapter"
-    )
-    parity.checks.append(
-        Check("base", "failed", f"bare bases differ by {off:.3g} in logits: {why}")
-    )
+    why = rope_trap(base) or "the runtimes disagree on the base model itself, not on the adapter"
+    parity.add("base", "failed", f"bare bases differ by {off:.3g} in logits: {why}")
     return False
 
 
-def _largest(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+def _finite(logits: Sequence[Any]) -> bool:
     import numpy as np
 
-    return max(float(np.abs(x - y).max()) for x, y in zip(xs, ys, strict=True))
+    return all(bool(np.isfinite(x).all()) for x in logits)
+
+
+def _largest(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+    """The largest difference; NaN if there is one."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        return float(np.max([np.abs(x - y).max() for x, y in zip(xs, ys, strict=True)]))
 
 
 def _kl(x: Any, y: Any) -> float:
@@ -226,17 +285,20 @@ def _kl(x: Any, y: Any) -> float:
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 
 
-def _top1(xs: Sequence[Any], ys: Sequence[Any], off: float) -> tuple[float, int]:
-    """(share of agreement, number of positions) where the first's margin exceeds twice the difference."""
+def _top1(pairs: Sequence[tuple[Any, Any]], bound: float) -> tuple[float | None, int]:
+    """(share of agreement, positions) where the first's margin exceeds twice the bound.
+
+    Where it does not, a difference within bounds may swap the two; None when that is everywhere.
+    """
     import numpy as np
 
     agree = decided = 0
-    for x, y in zip(xs, ys, strict=True):
+    for x, y in pairs:
         two = np.partition(x, -2, axis=-1)[:, -2:]
-        sure = (two[:, 1] - two[:, 0]) > 2 * off
+        sure = (two[:, 1] - two[:, 0]) > 2 * bound
         decided += int(sure.sum())
         agree += int((x.argmax(-1) == y.argmax(-1))[sure].sum())
-    return (agree / decided if decided else 1.0), decided
+    return (agree / decided if decided else None), decided
 
 
 def lines(parity: Parity) -> list[str]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraduct.errors import LoraductError, MissingExtra
+from loraduct.adapter import Adapter, LowRank
+from loraduct.errors import LoraductError, MissingExtra, Refused
+from loraduct.files import write_file
+from loraduct.formats import CONFIG, json_file, mlx, peft, peft_keys
 from loraduct.formats.base import Base
-from loraduct.text import printable
+from loraduct.formats.safetensors_file import serialized
+from loraduct.tensor import Tensor
+from loraduct.text import printable, several
 
 RUNTIME = {"peft": "torch", "mlx": "mlx"}
 PROMPTS = (
@@ -66,39 +73,114 @@ def tokenize(base: Base, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
         except ImportError:
             raise MissingExtra("torch", "tokenizing prompts") from None
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(base.path))
-            return [tokenizer(p)["input_ids"] or [0] for p in prompts], tokenizer
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(base.path))
+                return [tokenizer(p)["input_ids"] or [0] for p in prompts], tokenizer
+            except Exception as e:
+                what = printable(f"{type(e).__name__}: {e}", 300)
+                raise RuntimeFailed(f"the tokenizer of {base.path} can't be used: {what}") from e
     import numpy as np
 
-    vocabulary = int(base.text_config.get("vocab_size", 2))
+    vocabulary = base.text_config.get("vocab_size", 2)
+    if type(vocabulary) is not int or not 0 < vocabulary < 1 << 31:
+        raise Refused(
+            base.path / "config.json",
+            f"vocab_size is {printable(repr(vocabulary), 60)}, expected a positive integer",
+        )
     rng = np.random.default_rng(0)
     return [rng.integers(0, vocabulary, 12 + 3 * i).tolist() for i in range(len(prompts))], None
 
 
-def run(runtime: str, base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
-    """Run the base, or the base with an adapter folder, in a runtime.
+def run(runtime: str, base: Base, adapter: Adapter | None, ids: Sequence[Sequence[int]]) -> Run:
+    """Run the base, or the base with an adapter, in a runtime.
 
     Raises MissingExtra when it isn't installed, RuntimeFailed when the library refuses.
     """
     call = {"torch": _torch, "mlx": _mlx}[runtime]
-    with quiet() as caught:
+    with quiet() as caught, _folder_of(adapter) as folder:
         try:
-            done = call(base, adapter, ids)
+            done = call(base, folder, ids)
         except ImportError as e:
             raise MissingExtra(runtime, f"running {runtime} ({e.name})") from None
         except (LoraductError, MemoryError):
             raise
         except Exception as e:
-            what = f"with {adapter}" if adapter else "alone"
+            what = f"with {adapter.weights}" if adapter else "alone"
             raise RuntimeFailed(
                 f"{runtime} did not run {base.path} {what}: {printable(f'{type(e).__name__}: {e}', 600)}"
             ) from e
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise RuntimeFailed(
-            f"PEFT found tensors missing in {adapter}: {printable(missing[0], 300)}"
-        )
+    if adapter is not None:
+        _check_missing([str(w.message) for w in caught], adapter)
     return done
+
+
+def usual_weights(adapter: Adapter) -> bool:
+    """Whether a stock library finds the weights by itself: config beside them, usual name."""
+    names = (peft.WEIGHTS, peft.PICKLE) if adapter.format == "peft" else (mlx.WEIGHTS,)
+    in_place = adapter.weights.parent == adapter.path and adapter.weights.name in names
+    return in_place and (adapter.path / CONFIG).exists()
+
+
+@contextlib.contextmanager
+def _folder_of(adapter: Adapter | None) -> Iterator[Path | None]:
+    """The folder to give to a stock library, so that it loads the very file that was compared.
+
+    For a checkpoint or an old .npz it is a temporary one: the config, and the weights under the
+    name that the library looks for.
+    """
+    if adapter is None or usual_weights(adapter):
+        yield adapter.path if adapter else None
+        return
+    with tempfile.TemporaryDirectory(prefix="loraduct-") as name:
+        folder = Path(name)
+        write_file(folder / CONFIG, [json_file.dump(adapter.config)])
+        target = folder / (peft.WEIGHTS if adapter.format == "peft" else mlx.WEIGHTS)
+        if adapter.weights.suffix == ".npz":
+            write_file(target, serialized(_as_stored(adapter), {"format": "mlx"}, {}))
+        else:
+            target.symlink_to(adapter.weights.absolute())
+        yield folder
+
+
+def _as_stored(adapter: Adapter) -> dict[str, Tensor]:
+    """An MLX adapter's tensors as its file has them: the factors stand the other way round there."""
+    return {
+        t.name: t.T if isinstance(u, LowRank) and len(t.shape) == 2 else t
+        for u in adapter.updates.values()
+        for t in u.tensors
+    }
+
+
+def _check_missing(messages: Sequence[str], adapter: Adapter) -> None:
+    """PEFT only warns of tensors it doesn't find; what the file has, or chance, must not be lost.
+
+    Modules without any tensors keep their starting values, which have no effect; the structure
+    checks warn of them.
+    """
+    found = [m for m in messages if "missing adapter keys" in m]
+    keys = [k for m in found for k in re.findall(r"'([^']+)'", m.split("checkpoint:", 1)[-1])]
+    random = adapter.config.get("init_lora_weights") is False
+    lost = [
+        k
+        for k in keys
+        if random or k.removeprefix(peft_keys.PREFIX).partition(".lora_")[0] in adapter.low_rank
+    ]
+    if not lost and (keys or not found):
+        return
+    odd = [
+        u.a.name
+        for m, u in adapter.low_rank.items()
+        if u.a.name != f"{peft_keys.PREFIX}{m}.lora_A.weight"
+    ]
+    what = f"PEFT does not find {several(lost) or printable(found[0], 300)} in {adapter.weights}"
+    if odd:
+        what += (
+            f": the file's keys carry an adapter's name ({printable(odd[0])}), which stock PEFT can't"
+            " load; `loraduct convert --to peft` writes the usual names"
+        )
+    elif random:
+        what += " and fills in random numbers, because init_lora_weights is false"
+    raise RuntimeFailed(what)
 
 
 def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
@@ -138,8 +220,9 @@ def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
     model, _ = load_model(base.path)
     if adapter is not None:
         load_adapters(model, str(adapter))
-    if base.quantization is None:
-        model.set_dtype(mx.float32)
+    model.set_dtype(
+        mx.float32
+    )  # packed weights stay packed; their scales and all else compute wide
     model.eval()
     logits = [np.array(model(mx.array([list(i)]))[0].astype(mx.float32)) for i in ids]
     greedy: list[int] = []

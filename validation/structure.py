@@ -3,85 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import renamer
+from loraduct.architectures import kind_of_module, renamer
 from loraduct.errors import Refused
 from loraduct.formats import mlx_keys, peft_config
-from loraduct.formats.base import Base, correlation, differences, misread_fields
+from loraduct.formats.base import Base, correlation, differences, misread_fields, rope_conflicts
 from loraduct.text import several
 from loraduct.validation.checks import Check
 
 
-def check(adapter: Adapter, base: Base, name_map: Mapping[str, str] | None = None) -> list[Check]:
-    """All structural checks."""
-    return [
+@dataclass(frozen=True)
+class NameMap:
+    """Names given by hand (transformers' -> mlx-lm's), and the file they stand in."""
+
+    file: Path
+    names: Mapping[str, str]
+
+
+def check(
+    adapter: Adapter, base: Base, names: NameMap | None = None, label: str | None = None
+) -> list[Check]:
+    """All structural checks of one adapter; ``label`` says which of two it is."""
+    found = [
         _finite(adapter),
-        *_names_and_shapes(adapter, base, name_map),
+        *_names_and_shapes(adapter, base, names),
         *_complete(adapter, base),
         _identity(adapter, base),
-        _config(base),
         *(
             Check("trap", "warning", n.text)
             for n in adapter.notes
             if n.kind != "base-precision-unknown"
         ),
     ]
+    return [replace(c, adapter=label) for c in found]
 
 
 def _finite(adapter: Adapter) -> Check:
     """No NaN, no Inf: some attention kernels hide a NaN, so logits are no substitute."""
     count = 0
-    for update in adapter.updates.values():
-        for tensor in update.tensors:
-            count += 1
-            try:
-                for _ in tensor.chunks():
-                    pass
-            except Refused:
-                return Check("values", "failed", "holds NaN or Inf", tensor.name)
+    for tensor in adapter.tensors():
+        count += 1
+        try:
+            for _ in tensor.chunks():
+                pass
+        except Refused:
+            return Check("values", "failed", "holds NaN or Inf", tensor.name)
     dtypes = sorted({t.dtype for t in adapter.tensors()})
     return Check("values", "passed", f"{count} tensors, {', '.join(dtypes)}, no NaN, no Inf")
 
 
-def _names_and_shapes(
-    adapter: Adapter, base: Base, name_map: Mapping[str, str] | None
-) -> list[Check]:
+def _names_and_shapes(adapter: Adapter, base: Base, names: NameMap | None) -> list[Check]:
     if not base.has_weights:
-        return [Check("names", "skipped", f"{base.path} holds no weights to compare with")]
-    to_base = hf_names(adapter, base, name_map)
+        what = "names and shapes were not compared: the base has no weights (model*.safetensors)"
+        blocks = (Check("shapes", "failed", str(p)) for p in differences(adapter, base)[:1])
+        return [Check("names", "skipped", what), *blocks]
+    to_base = hf_names(adapter, base, names)
     if isinstance(to_base, Check):
         return [to_base]
-    absent = [m for m in adapter.low_rank if base.shape_of(to_base[m]) is None]
-    absent += [n for n in adapter.replacements if n not in base.tensors]
+    shapes = {m: _shape(adapter, base, f"{to_base[m]}.weight") for m in adapter.low_rank}
+    shapes |= {n: _shape(adapter, base, n) for n in adapter.replacements}
+    absent = [n for n, shape in shapes.items() if shape is None]
     if absent:
-        return [
-            Check(
-                "names", "failed", f"the base has no such weight ({len(absent)} in all)", absent[0]
-            )
-        ]
+        what = f"the base has no such weight ({len(absent)} in all)"
+        weight = absent[0] if absent[0] in adapter.replacements else f"{to_base[absent[0]]}.weight"
+        if base.weight_of(weight) is not None:
+            what += "; where embeddings are tied, mlx-lm has no head of its own to adapt"
+        return [Check("names", "failed", what, absent[0])]
     found = [Check("names", "passed", f"all {len(adapter.updates)} are in the base")]
     for problem in differences(adapter, base):
         return [*found, Check("shapes", "failed", str(problem))]
     for name, replacement in adapter.replacements.items():
-        if replacement.weight.shape != base.tensors[name].shape:
-            what = f"shape {list(replacement.weight.shape)}, the base has {list(base.tensors[name].shape)}"
+        if replacement.weight.shape != shapes[name]:
+            what = (
+                f"shape {list(replacement.weight.shape)}, the base has {list(shapes[name] or ())}"
+            )
             return [*found, Check("shapes", "failed", what, name)]
     return [*found, Check("shapes", "passed", "all fit the base's weights")]
 
 
-def hf_names(
-    adapter: Adapter, base: Base, name_map: Mapping[str, str] | None
-) -> dict[str, str] | Check:
+def _shape(adapter: Adapter, base: Base, parameter: str) -> tuple[int, ...] | None:
+    """Shape of the base's parameter, unpacked if it is a packed matrix; None when there is none.
+
+    A tied head is a module in torch; mlx-lm has none, and refuses an adapter on it.
+    """
+    if adapter.naming == "mlx" and parameter not in base.tensors:
+        return None
+    weight = base.weight_of(parameter)
+    if weight is None or not parameter.endswith(".weight") or len(weight.shape) != 2:
+        return weight.shape if weight else None
+    return base.shape_of(parameter.removesuffix(".weight"))
+
+
+def hf_names(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, str] | Check:
     """Each module's transformers name; a failed check when one has none."""
     modules = list(adapter.low_rank)
     if adapter.naming == "hf":
         return {m: m for m in modules}
+    file, table = (names.file, names.names) if names else (base.path / "config.json", None)
     try:
-        rename, _ = renamer(
-            modules, base.model_type, base.path / "config.json", name_map, reverse=True
-        )
+        rename, _ = renamer(modules, base.model_type, file, table, reverse=True)
         return {m: rename(m) for m in modules}
     except Refused as e:
         return Check("names", "failed", str(e))
@@ -91,31 +114,41 @@ def _complete(adapter: Adapter, base: Base) -> list[Check]:
     """Modules that the config selects in this base but the file has no tensors for, and the reverse."""
     if adapter.method == "full" or not base.has_weights:
         return []
-    linear = [
-        n.removesuffix(".weight")
-        for n, t in base.tensors.items()
-        if n.endswith(".weight") and len(t.shape) == 2
-    ]
     if adapter.format == "peft":
+        linear = _linear_in_torch(adapter, base)
         chosen = peft_config.targeted(adapter.config, linear, adapter.path)
         wanted = {m for m, hit in zip(linear, chosen, strict=True) if hit}
     elif adapter.config["lora_parameters"].get("keys") is None:
         return []
     else:
-        wanted = {
-            m for m, hit in mlx_keys.selects(adapter.config, linear, base.layers).items() if hit
-        }
+        selected = mlx_keys.selects(adapter.config, base.linear_modules, base.layers)
+        wanted = {m for m, hit in selected.items() if hit}
     missed = sorted(set(adapter.low_rank) - wanted)
     if missed and adapter.format == "mlx":
         what = "keys and num_layers don't select it in this base: mlx-lm refuses the folder"
         return [Check("targets", "failed", what, missed[0])]
     absent = sorted(wanted - set(adapter.low_rank))
     if absent:
-        what = f"the config selects {several(absent)} but the file has no tensors for it: it has no effect"
-        return [Check("targets", "warning", what)]
+        what = f"the config selects {several(absent)} but the file has no tensors for it: "
+        if adapter.format == "peft" and adapter.config.get("init_lora_weights") is False:
+            what += (
+                "init_lora_weights is false, so PEFT fills in random numbers; set it to true, or"
+                " narrow target_modules"
+            )
+            return [Check("targets", "failed", what, absent[0])]
+        return [Check("targets", "warning", f"{what}it has no effect")]
     return [
         Check("targets", "passed", f"the config selects exactly the {len(wanted)} adapted modules")
     ]
+
+
+def _linear_in_torch(adapter: Adapter, base: Base) -> list[str]:
+    """The modules that PEFT looks through; all-linear leaves out the embedding and the head."""
+    tied = {"lm_head"} if base.weight_of("lm_head.weight") is not None else set()
+    modules = sorted(base.linear_modules | tied)
+    if adapter.config.get("target_modules") != "all-linear":
+        return modules
+    return [m for m in modules if kind_of_module(m) not in ("embedding", "output head")]
 
 
 def _identity(adapter: Adapter, base: Base) -> Check:
@@ -145,15 +178,26 @@ def _identity(adapter: Adapter, base: Base) -> Check:
     return Check("identity", "warning", "the adapter does not name its base")
 
 
-def _config(base: Base) -> Check:
-    """The trap of rope settings that only one runtime reads."""
-    missing = misread_fields(base.config)
-    if missing:
-        fields = ", ".join(f"{k}={v}" for k, v in missing.items())
-        return Check(
-            "config",
-            "warning",
-            f"{base.path / 'config.json'} has {fields} only inside rope_parameters, which most of"
-            " mlx-lm's models don't read; --fix-base-config writes both forms",
-        )
+def config(base: Base) -> Check:
+    """The trap of rope settings that only one runtime reads, or that contradict each other."""
+    if what := rope_trap(base):
+        return Check("config", "warning", what)
     return Check("config", "passed", "rope settings stand in the forms that both runtimes read")
+
+
+def rope_trap(base: Base) -> str | None:
+    """In words, what is odd about the base's rope settings."""
+    file = base.path / "config.json"
+    for field, (old, new) in rope_conflicts(base.config).items():
+        return (
+            f"{file} has {field}={old} and, in rope_parameters, {new}: transformers and mlx-lm may"
+            " each read another one; correct the wrong one by hand"
+        )
+    missing = misread_fields(base.config)
+    if not missing:
+        return None
+    fields = ", ".join(f"{k}={v}" for k, v in missing.items())
+    return (
+        f"{file} has {fields} only inside rope_parameters, which most of mlx-lm's models don't"
+        " read; --fix-base-config writes both forms"
+    )

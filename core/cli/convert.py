@@ -40,6 +40,25 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 @click.option(
     "--allow-approximate", is_flag=True, help="Accept a measured loss that is otherwise refused."
 )
+@click.option(
+    "--rank",
+    type=click.IntRange(1, 65536),
+    help="Approximate updates of full rank (IA3, OFT, ...) by this rank.",
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Or by the rank that keeps this share of the squared norm, such as 0.99.",
+)
+@click.option(
+    "--initial",
+    type=PATH,
+    metavar="FOLDER",
+    help="The adapter as it was before training, for PiSSA, OLoRA, LoftQ and the like.",
+)
+@click.option(
+    "--always-on", is_flag=True, help="Let an aLoRA act from the first token on, as plain LoRA."
+)
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
@@ -55,6 +74,10 @@ def command(
     exclude: str | None,
     dry_run: bool,
     allow_approximate: bool,
+    rank: int | None,
+    energy: float | None,
+    initial: Path | None,
+    always_on: bool,
     force: bool,
     as_json: bool,
     adapter_name: str | None,
@@ -65,12 +88,18 @@ def command(
     """Convert the adapter SRC and print what became of every tensor."""
     if output is None and not dry_run:
         raise click.UsageError("give -o OUT, or --dry-run")
+    if uniform and to == "mlx":
+        raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
+    if rank is not None and energy is not None:
+        raise click.UsageError("--rank and --energy both say how near: give one")
+    from loraduct.converters.approximate import Wanted
     from loraduct.converters.convert import Options, convert
     from loraduct.formats import base as base_folder
     from loraduct.formats import folder, locate, read
     from loraduct.formats.options import ReadOptions
 
-    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
+    model = base_folder.read(base) if base else None
+    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, base=model)
     if output is not None:
         folder.check_target(output, locate(source, options)[0], force)
     adapter = read(source, options)
@@ -78,12 +107,16 @@ def command(
         adapter,
         Options(
             to=to,
-            base=base_folder.read(base) if base else None,
+            base=model,
             dtype=dtype,
             uniform=uniform,
             name_map=_name_map(name_map),
+            name_map_file=name_map,
             include=include,
             exclude=exclude,
+            initial=read(initial, ReadOptions(allow_pickle=allow_pickle)) if initial else None,
+            always_on=always_on,
+            wanted=Wanted(rank, energy, allow_approximate),
         ),
     )
     folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraduct.cli.common import PATH, json_option, print_json, reading_options
+
+if TYPE_CHECKING:
+    from loraduct.formats.options import ReadOptions
 
 
 @click.command("inspect")
@@ -22,12 +26,11 @@ from loraduct.cli.common import PATH, json_option, print_json, reading_options
     metavar="CONFIG",
     help="Without an adapter: the size of one for this base (a folder or its config.json).",
 )
-@click.option("--rank", type=click.IntRange(1, 65536), help="Rank for --estimate.")
+@click.option("--rank", type=click.IntRange(1, 65536), help="Rank for --estimate [16].")
 @click.option(
     "--targets",
-    default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-    show_default=True,
-    help="Modules for --estimate.",
+    metavar="NAMES",
+    help="Modules for --estimate, with commas [all-linear: attention and feed-forward].",
 )
 @reading_options
 def command(
@@ -37,7 +40,7 @@ def command(
     tensors: bool,
     estimate: Path | None,
     rank: int | None,
-    targets: str,
+    targets: str | None,
     adapter_name: str | None,
     scale: float | None,
     trained_on: str | None,
@@ -47,44 +50,75 @@ def command(
 
     PATH is a folder, a file in it, or a folder of several adapters.
     """
+    of_adapter = {
+        "PATH": path is not None,
+        "--stats": stats,
+        "--tensors": tensors,
+        "--adapter": adapter_name is not None,
+        "--scale": scale is not None,
+        "--trained-on": trained_on is not None,
+        "--allow-pickle": allow_pickle,
+    }
+    of_estimate = {"--rank": rank is not None, "--targets": targets is not None}
     if estimate is not None:
+        if given := [name for name, there in of_adapter.items() if there]:
+            raise click.UsageError(f"--estimate needs no adapter: leave {', '.join(given)} out")
         _estimate(estimate, rank or 16, targets, as_json)
         return
+    if given := [name for name, there in of_estimate.items() if there]:
+        raise click.UsageError(f"{', '.join(given)}: only with --estimate CONFIG")
     if path is None:
         raise click.UsageError("give a PATH, or --estimate CONFIG")
-    from loraduct import describe
-    from loraduct.formats import adapters_in, detect, read
+    from loraduct.formats import adapters_in, detect
     from loraduct.formats.options import ReadOptions
     from loraduct.text import printable
 
-    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
+    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False)
     several = adapters_in(path) if path.is_dir() and not adapter_name else {}
     if several and detect(path) is None and len(several) > 1:
-        found = [describe.describe(read(p, options)) for p in several.values()]
+        found = [_document(p, options, stats, tensors) for p in several.values()]
         if as_json:
             print_json({"path": str(path), "adapters": found})
         else:
             click.echo(f"{len(found)} adapters in {printable(str(path))}\n")
-            click.echo("\n\n".join("\n".join(describe.lines(d)) for d in found))
+            click.echo("\n\n".join(map(_text, found)))
         return
-    adapter = read(path, options)
-    document = describe.describe(adapter, tensors=tensors)
+    document = _document(path, options, stats, tensors)
     if len(several) > 1:
         document["other_adapters"] = [n for n in several if n != "default"]
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(_text(document))
+
+
+def _document(path: Path, options: ReadOptions, stats: bool, tensors: bool) -> dict[str, Any]:
+    from loraduct import describe
+    from loraduct.formats import read
+
+    adapter = read(path, options)
+    document = describe.describe(adapter, tensors=tensors)
     if stats:
         from loraduct.converters.stats import stats_of
 
         document["stats"] = stats_of(adapter)
-    if as_json:
-        print_json(document)
-    else:
-        click.echo("\n".join(describe.lines(document)))
+    return document
 
 
-def _estimate(config: Path, rank: int, targets: str, as_json: bool) -> None:
+def _text(document: dict[str, Any]) -> str:
+    from loraduct import describe
+    from loraduct.formats import FORMATS
+
+    return "\n".join(describe.lines(document, usual=FORMATS[document["format"]][0]))
+
+
+def _estimate(config: Path, rank: int, targets: str | None, as_json: bool) -> None:
     from loraduct.formats.estimate import estimate, lines
 
-    document = estimate(config, rank, [t.strip() for t in targets.split(",") if t.strip()])
+    names = None if targets is None else [t.strip() for t in targets.split(",") if t.strip()]
+    if names == []:
+        raise click.UsageError("--targets is empty: give names, or leave it out for all-linear")
+    document = estimate(config, rank, names)
     if as_json:
         print_json(document)
     else:

@@ -210,13 +210,9 @@ def test_trap_08_the_base_weight_in_the_file_is_no_update(
     assert any(name.endswith(f"{target}.base_layer.weight") for name in names)
     base = tiny("llama").path
     outcome = attempt(source, "mlx", "--base", base)
-    if target == "lm_head" and outcome.code == 0:
-        expected = peers.peft_deltas(base, source)
-        peers.assert_same_deltas(peers.mlx_deltas(base, outcome.path), expected)
-    else:
-        assert outcome.code == 1, outcome.text
-        assert target in outcome.err
-        assert not outcome.path.exists()
+    assert outcome.code == 0, outcome.text
+    assert "set aside" in outcome.out
+    assert not [n for n in peers.raw_tensors(outcome.path / peers.MLX_WEIGHTS) if "base" in n]
 
 
 def test_trap_09_trained_tokens_are_replaced_rows(
@@ -228,7 +224,7 @@ def test_trap_09_trained_tokens_are_replaced_rows(
 
 
 def test_trap_10_adalora_scales_by_its_initial_rank(
-    train: Callable[..., Path], refused: Refused, tiny: Tiny
+    train: Callable[..., Path], exact: Callable[..., Any]
 ) -> None:
     """And has a third factor, and a rank_pattern of another meaning."""
     from peft import AdaLoraConfig
@@ -236,16 +232,15 @@ def test_trap_10_adalora_scales_by_its_initial_rank(
     config = AdaLoraConfig(
         init_r=6, target_r=4, lora_alpha=8, total_step=10, target_modules=["q_proj"]
     )
-    refused(train(config), "mlx", "--base", tiny("llama").path, saying="adalora")
+    exact(train(config))
 
 
 @pytest.mark.parametrize("way", ["pissa", "olora", "pissa_niter_2"])
 def test_trap_11_initialisations_that_move_the_base(
-    way: str, train: Callable[..., Path], refused: Refused, tiny: Tiny, peers: ModuleType
+    way: str, train: Callable[..., Path], refused: Refused
 ) -> None:
     """B @ A relative to the original base is not what was trained: it looks plain and is wrong."""
-    source = train(init_lora_weights=way)
-    refused(source, "mlx", "--base", tiny("llama").path, saying=way[:5])
+    refused(train(init_lora_weights=way), "mlx", saying=way[:5])
 
 
 @pytest.mark.parametrize("way", ["loftq", "corda", "lora_ga", "pissa_niter_16"])
@@ -282,30 +277,6 @@ def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
 
     source = train(kasa_config=KasaConfig())
     refused(source, "mlx", "--base", tiny("llama").path, saying="kasa")
-
-
-@pytest.mark.parametrize("nblocks", [1, 2])
-def test_trap_12_bdlora_is_block_diagonal(
-    nblocks: int, train: Callable[..., Path], refused: Refused, tiny: Tiny
-) -> None:
-    """Only the config tells how many blocks a factor has (with one, the shapes look plain)."""
-    from peft.tuners.lora.config import BdLoraConfig
-
-    blocks = BdLoraConfig(
-        target_modules_bd_a=["o_proj"], target_modules_bd_b=["q_proj"], nblocks=nblocks
-    )
-    source = train(["q_proj", "o_proj"], use_bdlora=blocks)
-    said = refused(source, "mlx", "--base", tiny("llama").path, saying="lora")
-    assert re.search(r"bd-?lora", said, re.I)
-
-
-def test_trap_12_qalora_pools_its_input(
-    train: Callable[..., Path], refused: Refused, peers: ModuleType
-) -> None:
-    """It needs a GPTQ base to train, so the config is edited here."""
-    source = train()
-    peers.edit_json(source / peers.CONFIG, use_qalora=True)
-    refused(source, "mlx", saying="qalora")
 
 
 def test_trap_13_the_magnitude_goes_by_three_names(

@@ -258,12 +258,19 @@ def test_trap_26_lm_head_of_a_tied_base_from_peft(
 
 
 @pytest.mark.parametrize("base", ["qwen2", "llama"])
-def test_trap_26_embeddings_are_refused(
-    base: str, train: Callable[..., Path], refused: Refused, tiny: Tiny
-) -> None:
-    """On a tied base MLX's version also moves the output head, PEFT's doesn't."""
+def test_trap_26_embeddings_move_the_head_too(
+    base: str, train: Callable[..., Path], convert: Convert, tiny: Tiny, zoo: ModuleType,
+    peers: ModuleType,
+) -> None:  # fmt: skip
+    """On a tied base MLX's version also moves the output head: PEFT gets both, each as its own."""
     source = train(base, num_layers=1, keys=[*KEYS, "model.embed_tokens"])
-    refused(source, "peft", "--base", tiny(base).path, saying="embed_tokens")
+    path = tiny(base).path
+    result = convert(source, "peft", "--base", path)
+    expected = peers.mlx_logits(path, source, zoo.TOKENS)
+    plain = peers.torch_logits(peers.hf_base(path), zoo.TOKENS)
+    peers.assert_same_logits(peers.peft_logits(path, result, zoo.TOKENS), expected, plain)
+    heads = [n for n in peers.raw_tensors(result / peers.PEFT_WEIGHTS) if "lm_head" in n]
+    assert bool(heads) == (base == "qwen2")
 
 
 def test_trap_26_lm_head_of_an_untied_base(

@@ -63,19 +63,19 @@ COMMON: dict[str, Any] = {
 WIDE = {"head_dim": 24}  # q_proj (96, 64) and o_proj (64, 96) are then not square either
 
 
-def _rope(kind: str = "default", **values: Any) -> dict[str, Any]:
+def rope(kind: str = "default", **values: Any) -> dict[str, Any]:
     """A rope base that no library has as its default: a lost value shows."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **values}}
 
 
-LLAMA3 = _rope(
+LLAMA3 = rope(
     "llama3",
     factor=4.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
-HALF = _rope(partial_rotary_factor=0.5)
+HALF = rope(partial_rotary_factor=0.5)
 TIED = {"tie_word_embeddings": True}
 WINDOW = {"sliding_window": 64}
 GELU = {"hidden_act": "gelu"}
@@ -85,17 +85,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": Architecture(
         LLAMA3, UNGATED, {"mlp_bias": False, "post_norm": False, "qk_norm": True}
     ),
-    "cohere": Architecture(_rope() | TIED | {"logit_scale": 0.5}),
-    "cohere2": Architecture(_rope() | TIED | WINDOW | {"logit_scale": 0.5, "num_hidden_layers": 4}),
-    "ernie4_5": Architecture(WIDE | _rope() | TIED | {"use_bias": False}),
+    "cohere": Architecture(rope() | TIED | {"logit_scale": 0.5}),
+    "cohere2": Architecture(rope() | TIED | WINDOW | {"logit_scale": 0.5, "num_hidden_layers": 4}),
+    "ernie4_5": Architecture(WIDE | rope() | TIED | {"use_bias": False}),
     "exaone4": Architecture(
-        WIDE | _rope() | WINDOW | {"sliding_window_pattern": 3},
+        WIDE | rope() | WINDOW | {"sliding_window_pattern": 3},
         mlx_config={"sliding_window_pattern": "LLG", "rope_scaling": None},
     ),
     # mlx-lm uses the exact GELU; transformers turns "gelu" into the tanh form for this model
-    "gemma": Architecture(WIDE | _rope() | TIED | {"hidden_act": "gelu_python"}),
+    "gemma": Architecture(WIDE | rope() | TIED | {"hidden_act": "gelu_python"}),
     "gemma2": Architecture(
-        WIDE | _rope() | TIED | WINDOW | {"query_pre_attn_scalar": 24, "num_hidden_layers": 4}
+        WIDE | rope() | TIED | WINDOW | {"query_pre_attn_scalar": 24, "num_hidden_layers": 4}
     ),
     "gemma3_text": Architecture(
         WIDE | TIED | WINDOW | PERIOD3 | {"query_pre_attn_scalar": 24},
@@ -105,10 +105,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rope_local_base_freq": 10_000.0,
         },
     ),
-    "glm": Architecture(WIDE | _rope(partial_rotary_factor=1.0), ATTENTION_AND_FUSED),
+    "glm": Architecture(WIDE | rope(partial_rotary_factor=1.0), ATTENTION_AND_FUSED),
     "glm4": Architecture(WIDE | HALF, ATTENTION_AND_FUSED),
     "granite": Architecture(
-        _rope()
+        rope()
         | {
             "logits_scaling": 2.0,
             "attention_multiplier": 0.2,
@@ -116,34 +116,34 @@ ARCHITECTURES: dict[str, Architecture] = {
             "residual_multiplier": 0.5,
         }
     ),
-    "helium": Architecture({"head_dim": 16} | _rope()),
+    "helium": Architecture({"head_dim": 16} | rope()),
     "llama": Architecture(WIDE | LLAMA3),
     "ministral3": Architecture(
-        WIDE | _rope(llama_4_scaling_beta=0.1, original_max_position_embeddings=256)
+        WIDE | rope(llama_4_scaling_beta=0.1, original_max_position_embeddings=256)
     ),
-    "mistral": Architecture(WIDE | _rope() | {"sliding_window": None}),
+    "mistral": Architecture(WIDE | rope() | {"sliding_window": None}),
     "nemotron": Architecture(WIDE | HALF, UNGATED),
-    "olmo2": Architecture(WIDE | _rope()),
+    "olmo2": Architecture(WIDE | rope()),
     "olmo3": Architecture(WINDOW | PERIOD3, mlx_config={"rope_theta": 500_000.0}),
     "phi": Architecture(HALF, PHI),
-    "phi3": Architecture(_rope() | {"original_max_position_embeddings": 256}, FUSED),
-    "qwen2": Architecture(_rope() | TIED),
-    "qwen3": Architecture(WIDE | _rope()),
-    "seed_oss": Architecture(WIDE | _rope()),
-    "smollm3": Architecture(_rope() | TIED | {"num_hidden_layers": 4}),
-    "stablelm": Architecture(_rope(partial_rotary_factor=0.25) | {"use_qkv_bias": True}),
+    "phi3": Architecture(rope() | {"original_max_position_embeddings": 256}, FUSED),
+    "qwen2": Architecture(rope() | TIED),
+    "qwen3": Architecture(WIDE | rope()),
+    "seed_oss": Architecture(WIDE | rope()),
+    "smollm3": Architecture(rope() | TIED | {"num_hidden_layers": 4}),
+    "stablelm": Architecture(rope(partial_rotary_factor=0.25) | {"use_qkv_bias": True}),
     "starcoder2": Architecture(
-        _rope() | TIED | GELU | {"sliding_window": None, "use_bias": True}, STARCODER
+        rope() | TIED | GELU | {"sliding_window": None, "use_bias": True}, STARCODER
     ),
 }
 
 
-def build(name: str, folder: Path) -> Tiny:
+def build(name: str, folder: Path, architecture: Architecture | None = None) -> Tiny:
     """Write a tiny model of this type in a form both runtimes read alike."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architecture = ARCHITECTURES[name]
+    architecture = architecture or ARCHITECTURES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(COMMON | architecture.config))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,0 +1,216 @@
+"""Names and layouts between transformers and mlx-lm: renamed, split, joined and stacked.
+
+What a module is called on the other side, and whether it is one module there, is the table of
+`loraduct.architectures`; here its rules act on updates. A low-rank update survives every one of
+them exactly: the output rows of dW are the rows of b, and joining two updates puts their factors
+side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from loraduct.adapter import Adapter, LowRank, Update
+from loraduct.architectures import Rule, pattern_of, renamed, renamer, rules_for, table
+from loraduct.computed import joined, moved, part, resized, stacked
+from loraduct.errors import Refused
+from loraduct.tensor import Tensor
+from loraduct.text import printable
+
+Joined = dict[str, int]  # name of what was made of two updates -> rank of the first
+
+
+def rename(
+    adapter: Adapter,
+    naming: str,
+    model_type: str | None,
+    file: Path,
+    name_map: Mapping[str, str] | None,
+) -> tuple[Adapter, Joined, str | None]:
+    """The adapter in the other side's names, what was joined, and a note for the user.
+
+    Raises Refused naming the first module that has no counterpart.
+    """
+    if adapter.naming == naming or not adapter.updates:
+        return adapter, {}, None
+    reverse = adapter.naming == "mlx"
+    updates = adapter.low_rank
+    if adapter.method == "full":
+        _check_equal(model_type, file)
+    # a full parameter is not renamed: the target refuses it, or both sides are MLX
+    done: dict[str, Update] = dict(adapter.replacements)
+    joined: Joined = {}
+    if name_map is not None:
+        to_new, note = renamer(updates, model_type, file, name_map, reverse=reverse)
+        done |= {to_new(m): u for m, u in updates.items()}
+    else:
+        rules, note = rules_for(updates, model_type, file, reverse=reverse)
+        if reverse:
+            made, joined = _to_hf(updates, rules, adapter.weights)
+        else:
+            before = (adapter.origin or {}).get("joined", {})
+            made = _to_mlx(updates, rules, before, adapter.weights)
+        done |= made
+    return replace(adapter, updates=done, naming=naming), joined, note
+
+
+def _check_equal(model_type: str | None, file: Path) -> None:
+    """Whole parameters are carried where all names, and so all values, are the same on both sides."""
+    if model_type is None:
+        raise Refused(
+            file,
+            "replaces whole parameters: whether mlx-lm has the same depends on the architecture;"
+            " give --base BASE",
+        )
+    known = table().get(model_type)
+    if known is None or known.blocked or any(r.mlx != (r.hf,) for r in known.by_hf.values()):
+        raise Refused(
+            file,
+            f"replaces whole parameters, and the names of {printable(model_type, 60)!r} are not"
+            " known to be all equal in transformers and mlx-lm; merge it into the base instead",
+        )
+
+
+def _to_mlx(
+    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], joined: Joined, file: Path
+) -> dict[str, LowRank]:
+    done: dict[str, LowRank] = {}
+    stacks: dict[str, dict[int, str]] = {}
+    for module, update in updates.items():
+        pattern = pattern_of(module)
+        rule = rules[pattern]
+        names = [renamed(module, pattern, name) for name in rule.mlx]
+        if rule.how == "stack":  # the name's last index is the expert's
+            stacks.setdefault(names[0], {})[_last_index(module)] = module
+            continue
+        if rule.how == "rows":
+            raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
+        made = [update] if rule.how == "same" else _split(update, rule.how, joined.get(module, 0))
+        for name, one in zip(names, made, strict=True):
+            _put(
+                done,
+                name,
+                replace(one, layout="linear") if one.layout == "weight" else one,
+                file,
+                module,
+            )
+    for name, experts in stacks.items():
+        if sorted(experts) != list(range(len(experts))):
+            missing = min(set(range(max(experts) + 1)) - experts.keys())
+            raise Refused(
+                file, f"has no update for expert {missing}, whose siblings have", tensor=name
+            )
+        members = [updates[experts[i]] for i in range(len(experts))]
+        _put(done, name, _stack(members), file, experts[0])
+    return done
+
+
+def _put(done: dict[str, LowRank], name: str, update: LowRank, file: Path, source: str) -> None:
+    if name in done:
+        raise Refused(
+            file,
+            f"and another module both are {name} on the other side: names of two versions of"
+            " transformers in one adapter?",
+            tensor=source,
+        )
+    done[name] = update
+
+
+def _last_index(module: str) -> int:
+    return int([w for w in module.split(".") if w.isdigit()][-1])
+
+
+def _split(update: LowRank, how: str, first: int) -> list[LowRank]:
+    """Two updates of the halves, or of the even and odd ones, of the output rows.
+
+    ``first``: it was joined from two updates, the first of that rank, whose columns are zero in the
+    other's rows; they get their own factors back.
+    """
+    rows, inner = (1, 2) if update.layout == "experts" else (0, 1)
+    size = update.b.shape[rows]
+    halved = [(0, size // 2, 1), (size // 2, size, 1)]
+    cuts = halved if how == "halves" else [(0, size, 2), (1, size, 2)]
+    halves = [replace(update, b=part(update.b, rows, *cut)) for cut in cuts]
+    if not 0 < first < update.rank:
+        return halves
+    spans = ((0, first), (first, update.rank))
+    return [
+        replace(u, a=part(u.a, inner - 1, *span), b=part(u.b, inner, *span, only=True))
+        for u, span in zip(halves, spans, strict=True)
+    ]
+
+
+def _stack(members: list[LowRank]) -> LowRank:
+    """One update of all experts from one of each; ranks are padded, scales folded into b."""
+    rank = max(u.rank for u in members)
+    scale = next((u.scale for u in members if u.scale), 0.0)
+    same = [
+        (u if u.scale == scale else replace(u, b=u.b.times(u.scale / scale))).with_rank(rank)
+        for u in members
+    ]
+    return LowRank(
+        stacked([u.a for u in same]), stacked([u.b for u in same]), scale, layout="experts"
+    )
+
+
+def _to_hf(
+    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], file: Path
+) -> tuple[dict[str, LowRank], Joined]:
+    done: dict[str, LowRank] = {}
+    ranks: Joined = {}
+    joins: dict[str, tuple[Rule, dict[int, str]]] = {}
+    for module, update in updates.items():
+        pattern = pattern_of(module)
+        rule = rules[pattern]
+        name = renamed(module, pattern, rule.hf)
+        if rule.how in ("halves", "interleaved"):
+            joins.setdefault(name, (rule, {}))[1][rule.mlx.index(pattern)] = module
+        elif rule.how == "same":
+            one = replace(update, layout="weight") if rule.router else update
+            _put(done, name, one, file, module)
+        else:
+            raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
+    for name, (rule, found) in joins.items():
+        halves = [updates[found[i]] if i in found else None for i in range(2)]
+        _put(done, name, _join(halves, rule.how), file, next(iter(found.values())))
+        if len(found) == 2 and done[name].rank > updates[found[0]].rank:
+            ranks[name] = updates[found[0]].rank
+    return done, ranks
+
+
+def _join(halves: list[LowRank | None], how: str) -> LowRank:
+    """One update whose output rows are those of two; an absent one moves nothing.
+
+    With one a for both (as splitting leaves it) the rank stays; else it is the sum of both.
+    """
+    present = [u for u in halves if u is not None]
+    first = present[0]
+    rows, inner = (1, 2) if first.layout == "experts" else (0, 1)
+    scale = next((u.scale for u in present if u.scale), 0.0)
+    shared = len(present) == 2 and _same(present[0].a, present[1].a)
+    total = first.rank if shared else sum(u.rank for u in present)
+    both = [u.a for u in present]
+    a = moved(first.a.shape, both, lambda one, _: one) if shared else joined(both, inner - 1)
+    bs: list[Tensor] = []
+    before = 0
+    for half in halves:
+        if half is None:
+            empty = part(first.b, inner, 0, 0)
+            bs.append(resized(empty, inner, total))
+            continue
+        b = half.b if half.scale == scale or not scale else half.b.times(half.scale / scale)
+        if not shared:  # its columns stand behind those of the halves before it
+            b = resized(b, inner, before + b.shape[inner], front=True)
+            b = resized(b, inner, total)
+            before += half.rank
+        bs.append(b)
+    return replace(first, a=a, b=joined(bs, rows, interleaved=how == "interleaved"), scale=scale)
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    return bool((one.raw() == two.raw()).all())
