@@ -37,7 +37,7 @@ def rename(
         return adapter, {}, None
     reverse = adapter.naming == "mlx"
     updates = adapter.low_rank
-    if adapter.method == "full":
+    if adapter.method == "full" and not reverse:
         _check_equal(model_type, file)
     # a full parameter is not renamed: the target refuses it, or both sides are MLX
     done: dict[str, Update] = dict(adapter.replacements)

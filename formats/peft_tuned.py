@@ -28,8 +28,9 @@ Parts = dict[str, dict[str, Tensor]]
 def read(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Adapter:
     """The adapter in ``folder``; every tensor is accounted for or refused by name."""
     config_file, tuner = folder / CONFIG, TUNERS[config["peft_type"]]
+    kind = f"{tuner.name} adapter (peft_type {config['peft_type']})"
     if tuner.form == "refused":
-        raise Refused(config_file, f"is a {tuner.name} adapter, which {tuner.why}")
+        raise Refused(config_file, f"is a {kind}, which {tuner.why}")
     peft_config.check_common(config, config_file)
     weights, tensors, metadata = peft.read_weights(folder, options)
     if options.adapter not in (None, "default"):
@@ -43,7 +44,7 @@ def read(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Adapt
             )
     parts, shared, plain = _sorted(tensors, tuner, weights)
     if not parts:
-        raise Refused(weights, f"holds no module's tensors of {tuner.name}")
+        raise Refused(weights, f"holds no tensors of the {kind} that {CONFIG} says it is")
     _check_targets(list(parts), config, config_file, weights)
     given = {m: Given(tuner.name, m, t, shared, config, folder, weights) for m, t in parts.items()}
     updates: dict[str, Update] = {}

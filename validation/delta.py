@@ -70,7 +70,7 @@ def compare(module: str, first: Update, second: Update, base: Base) -> Delta:
     assert isinstance(first, LowRank)
     assert isinstance(second, LowRank)
     bound = _bound(first, second)
-    shapes = [(u.b.shape[0], u.a.shape[1]) for u in (first, second)]
+    shapes = [u.shape for u in (first, second)]
     if shapes[0] != shapes[1]:
         return Delta(module, 1.0, 0.0, 0.0, bound, f"shapes {shapes[0]} and {shapes[1]}")
     if (first.magnitude is None) != (second.magnitude is None):
@@ -103,12 +103,14 @@ def _array(tensor: Tensor) -> Any:
 def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
     import numpy as np
 
-    (a1, b1), (a2, b2) = [(_array(u.a), _array(u.b)) for u in (first, second)]
-    left: Any = np.linalg.qr(np.hstack([first.scale * b1, -second.scale * b2]), mode="r")
-    right: Any = np.linalg.qr(np.vstack([a1, a2]).T, mode="r")
-    off = float(np.linalg.norm(left @ right.T))
-    norm2 = float(np.sum((b1.T @ b1) * (a1 @ a1.T))) * first.scale**2
-    inner = float(np.sum((b1.T @ b2) * (a1 @ a2.T))) * first.scale * second.scale
+    off2 = norm2 = inner = 0.0
+    for (a1, b1), (a2, b2) in zip(_pairs(first), _pairs(second), strict=True):
+        left: Any = np.linalg.qr(np.hstack([first.scale * b1, -second.scale * b2]), mode="r")
+        right: Any = np.linalg.qr(np.vstack([a1, a2]).T, mode="r")
+        off2 += float(np.sum((left @ right.T) ** 2))
+        norm2 += float(np.sum((b1.T @ b1) * (a1 @ a1.T))) * first.scale**2
+        inner += float(np.sum((b1.T @ b2) * (a1 @ a2.T))) * first.scale * second.scale
+    off = off2**0.5
     note = ""
     if first.bias is not None or second.bias is not None:
         biases = [
@@ -117,6 +119,15 @@ def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
         off += float(np.linalg.norm(biases[1] - biases[0]))
         note = "with lora_bias"
     return _delta(module, off, norm2, inner, bound, note)
+
+
+def _pairs(u: LowRank) -> Iterator[tuple[Any, Any]]:
+    """(a (r, in), b (out, r)): one, or one an expert; a convolution's kernel belongs to its inputs."""
+    a, b = _array(u.a), _array(u.b)
+    if u.layout == "experts":
+        yield from zip(a, b, strict=True)
+    else:
+        yield a.reshape(u.rank, -1), b.reshape(-1, u.rank)
 
 
 def _delta(

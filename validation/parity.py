@@ -11,9 +11,10 @@ from loraduct.architectures import block_of
 from loraduct.formats.base import Base
 from loraduct.text import printable
 from loraduct.validation import runtimes
+from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.checks import Check
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
-from loraduct.validation.structure import NameMap, hf_names, rope_trap
+from loraduct.validation.structure import rope_trap
 
 SAME_RUNTIME = 1e-4  # largest logit difference within one runtime
 BASE_FACTOR, EFFECT_FACTOR = 3.0, 1e-3  # across runtimes: of base against base, of the effect
@@ -80,11 +81,11 @@ def _modules(
     """dW of every module, and the first one that is off."""
     renamed = []
     for adapter in (first, second):
-        to_base = hf_names(adapter, base, names)
-        if isinstance(to_base, Check):
-            parity.checks.append(to_base)
+        updates = aligned(adapter, base, names)
+        if isinstance(updates, Check):
+            parity.checks.append(updates)
             return
-        renamed.append({to_base.get(n, n): u for n, u in adapter.updates.items()})
+        renamed.append(updates)
     one, two = renamed
     parity.same_modules = one.keys() == two.keys()
     for name in sorted(one.keys() ^ two.keys(), key=_order)[:1]:

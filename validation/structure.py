@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import kind_of_module, renamer
+from loraduct.architectures import kind_of_module
 from loraduct.errors import Refused
 from loraduct.formats import mlx_keys, peft_config
-from loraduct.formats.base import Base, correlation, differences, misread_fields, rope_conflicts
+from loraduct.formats.base import (
+    Base,
+    correlation,
+    differences,
+    misread_fields,
+    rope_conflicts,
+    wrong_experts,
+)
 from loraduct.text import several
+from loraduct.validation.align import NameMap, hf_names
 from loraduct.validation.checks import Check
 
-
-@dataclass(frozen=True)
-class NameMap:
-    """Names given by hand (transformers' -> mlx-lm's), and the file they stand in."""
-
-    file: Path
-    names: Mapping[str, str]
+_FUSED = ("experts", "parameter")
 
 
 def check(
@@ -63,17 +64,22 @@ def _names_and_shapes(adapter: Adapter, base: Base, names: NameMap | None) -> li
     to_base = hf_names(adapter, base, names)
     if isinstance(to_base, Check):
         return [to_base]
-    shapes = {m: _shape(adapter, base, f"{to_base[m]}.weight") for m in adapter.low_rank}
+    # experts and the like have other names in the file than in either library
+    plain = {m: n for m, n in to_base.items() if n and adapter.low_rank[m].layout not in _FUSED}
+    shapes = {m: _shape(adapter, base, f"{n}.weight") for m, n in plain.items()}
     shapes |= {n: _shape(adapter, base, n) for n in adapter.replacements}
     absent = [n for n, shape in shapes.items() if shape is None]
     if absent:
         what = f"the base has no such weight ({len(absent)} in all)"
-        weight = absent[0] if absent[0] in adapter.replacements else f"{to_base[absent[0]]}.weight"
+        weight = absent[0] if absent[0] in adapter.replacements else f"{plain[absent[0]]}.weight"
         if base.weight_of(weight) is not None:
             what += "; where embeddings are tied, mlx-lm has no head of its own to adapt"
         return [Check("names", "failed", what, absent[0])]
-    found = [Check("names", "passed", f"all {len(adapter.updates)} are in the base")]
-    for problem in differences(adapter, base):
+    fused = len(adapter.updates) - len(shapes)
+    what = f"all {len(shapes)} are in the base"
+    what += f"; {fused} of experts, by the architecture's table" if fused else ""
+    found = [Check("names", "passed", what)]
+    for problem in [*differences(adapter, base), *wrong_experts(adapter, base)]:
         return [*found, Check("shapes", "failed", str(problem))]
     for name, replacement in adapter.replacements.items():
         if replacement.weight.shape != shapes[name]:
@@ -97,19 +103,6 @@ def _shape(adapter: Adapter, base: Base, parameter: str) -> tuple[int, ...] | No
     return base.shape_of(parameter.removesuffix(".weight"))
 
 
-def hf_names(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, str] | Check:
-    """Each module's transformers name; a failed check when one has none."""
-    modules = list(adapter.low_rank)
-    if adapter.naming == "hf":
-        return {m: m for m in modules}
-    file, table = (names.file, names.names) if names else (base.path / "config.json", None)
-    try:
-        rename, _ = renamer(modules, base.model_type, file, table, reverse=True)
-        return {m: rename(m) for m in modules}
-    except Refused as e:
-        return Check("names", "failed", str(e))
-
-
 def _complete(adapter: Adapter, base: Base) -> list[Check]:
     """Modules that the config selects in this base but the file has no tensors for, and the reverse."""
     if adapter.method == "full" or not base.has_weights:
@@ -121,7 +114,9 @@ def _complete(adapter: Adapter, base: Base) -> list[Check]:
     elif adapter.config["lora_parameters"].get("keys") is None:
         return []
     else:
-        selected = mlx_keys.selects(adapter.config, base.linear_modules, base.layers)
+        # experts have other names in the base's file: the adapter's own modules are asked too
+        known = {*base.linear_modules, *adapter.low_rank}
+        selected = mlx_keys.selects(adapter.config, known, base.layers)
         wanted = {m for m, hit in selected.items() if hit}
     missed = sorted(set(adapter.low_rank) - wanted)
     if missed and adapter.format == "mlx":

@@ -62,12 +62,12 @@ def command(
     from loraduct.errors import Refused
     from loraduct.formats import base as base_folder
     from loraduct.formats.options import ReadOptions
-    from loraduct.validation import runtimes, structure
+    from loraduct.validation import align, runtimes, structure
     from loraduct.validation.checks import Check, passed, verdict
 
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False)
     table = _name_map(name_map)
-    names = structure.NameMap(name_map, table) if name_map and table is not None else None
+    names = align.NameMap(name_map, table) if name_map and table is not None else None
     texts = _prompts(prompts) if prompts else list(runtimes.PROMPTS)
     paths = [p for p in (first, second) if p is not None]
     adapters = _adapters(paths, options)

@@ -267,3 +267,21 @@ def test_only_one_half(
     plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
     found = peers.torch_logits(peers.load_peft(base, result), zoo.TOKENS)
     peers.assert_same_logits(found, expected, plain)
+
+
+def test_the_proof_compares_experts(
+    trained: Any, convert: Convert, run: Callable[..., Any], peers: ModuleType
+) -> None:
+    """validate passes what is right, and names the projection of which one expert is wrong."""
+    base, source, *_ = trained("mixtral")
+    there = convert(source, "mlx", "--base", base)
+    done = run("validate", source, there, "--base", base)
+    assert done.exit_code == 0, done.output
+    path = there / peers.MLX_WEIGHTS
+    name = "model.layers.1.block_sparse_moe.switch_mlp.up_proj"
+    tensors = peers.load_file(path)
+    tensors[f"{name}.lora_b"][2] *= 1.1
+    peers.rewrite_tensors(path, tensors)
+    done = run("validate", source, there, "--base", base)
+    assert done.exit_code == 3
+    assert name in done.output

@@ -1,0 +1,120 @@
+"""Updates of two adapters under one set of names, so that each can be compared with its like.
+
+Where both libraries have one module for one, its transformers' name is used; where one has a fused
+module and the other its parts, the parts' names in mlx-lm. The slicing is derived here a second
+time, from the table alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter, LowRank, Update
+from loraduct.architectures import Rule, pattern_of, renamed, renamer, table
+from loraduct.computed import moved
+from loraduct.errors import Refused
+from loraduct.formats.base import Base
+from loraduct.validation.checks import Check
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Names given by hand, transformers' to mlx-lm's, and the file they are from."""
+
+    file: Path
+    names: Mapping[str, str]
+
+
+def hf_names(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, str | None] | Check:
+    """Each module's transformers name; None for a part of one; a failed check for an unknown one."""
+    modules = list(adapter.low_rank)
+    if adapter.naming == "hf":
+        return {m: m for m in modules}
+    try:
+        if names is not None:
+            rename, _ = renamer(modules, base.model_type, names.file, names.names, reverse=True)
+            return {m: rename(m) for m in modules}
+        rules = _rules(base, reverse=True)
+        whole = [m for m in modules if rules.get(pattern_of(m), _SAME).how == "same"]
+        rename, _ = renamer(whole, base.model_type, base.path / "config.json", reverse=True)
+        return {m: rename(m) if m in set(whole) else None for m in modules}
+    except Refused as e:
+        return Check("names", "failed", str(e))
+
+
+_SAME = Rule("", ("",))
+
+
+def _rules(base: Base, *, reverse: bool) -> Mapping[str, Rule]:
+    known = table().get(base.model_type)
+    return known.rules(reverse) if known else {}
+
+
+def aligned(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, Update] | Check:
+    """The updates by common names, fused ones cut into their parts, experts stacked."""
+    to_hf = hf_names(adapter, base, names)
+    if isinstance(to_hf, Check):
+        return to_hf
+    found: dict[str, Update] = dict(adapter.replacements)
+    if adapter.naming == "mlx":
+        found |= {to_hf[m] or m: u for m, u in adapter.low_rank.items()}
+        for u in adapter.low_rank.values():
+            if u.layout == "embedding" and base.tied:  # one module in mlx-lm: it moves the head too
+                found["lm_head"] = replace(u, a=u.b.T, b=u.a.T, layout="linear")
+        return found
+    rules = _rules(base, reverse=False) if names is None else {}
+    experts: dict[str, dict[int, LowRank]] = {}
+    for module, u in adapter.low_rank.items():
+        pattern = pattern_of(module)
+        rule = rules.get(pattern, _SAME)
+        targets = [renamed(module, pattern, name) for name in rule.mlx]
+        if rule.how in _CUTS:
+            for name, cut in zip(targets, _CUTS[rule.how], strict=True):
+                found[name] = _cut(u, cut)
+        elif rule.how == "stack":
+            index = int([w for w in module.split(".") if w.isdigit()][-1])
+            experts.setdefault(targets[0], {})[index] = u
+        else:
+            found[module] = u
+    for name, members in experts.items():
+        ranks = {(u.rank, u.scale) for u in members.values()}
+        if len(ranks) > 1:
+            return Check("dW", "skipped", "its experts have ranks or scales of their own", name)
+        first = members[0]
+        order = [members[i] for i in sorted(members)]
+        found[name] = LowRank(
+            _piled([u.a for u in order]),
+            _piled([u.b for u in order]),
+            first.scale,
+            layout="experts",
+        )
+    return found
+
+
+def _halves(which: int) -> Callable[[Any], Any]:
+    return lambda b: b.reshape(*b.shape[:-2], 2, b.shape[-2] // 2, b.shape[-1])[..., which, :, :]
+
+
+def _turns(which: int) -> Callable[[Any], Any]:
+    return lambda b: b.reshape(*b.shape[:-2], b.shape[-2] // 2, 2, b.shape[-1])[..., which, :]
+
+
+# what is left of b, (..., out, r), for either part
+_CUTS = {"halves": (_halves(0), _halves(1)), "interleaved": (_turns(0), _turns(1))}
+
+
+def _cut(u: LowRank, cut: Callable[[Any], Any]) -> LowRank:
+    shape = (*u.b.shape[:-2], u.b.shape[-2] // 2, u.b.shape[-1])
+    return replace(u, b=moved(shape, [u.b], cut))
+
+
+def _piled(tensors: list[Any]) -> Any:
+    def pile(*values: Any) -> Any:
+        import numpy as np
+
+        return np.array(values)
+
+    return moved((len(tensors), *tensors[0].shape), tensors, pile)
