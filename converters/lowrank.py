@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loraduct.adapter import LowRank
+from loraduct.adapter import Dense, LowRank
 
 
 def factors(update: LowRank) -> tuple[Any, Any]:
@@ -24,6 +24,13 @@ def singular_values(update: LowRank) -> Any:
     left: Any = np.linalg.qr(b, mode="r")
     right: Any = np.linalg.qr(a.T, mode="r")
     return np.linalg.svd(left @ right.T, compute_uv=False)
+
+
+def dense_singular_values(update: Dense) -> Any:
+    """Singular values of an update of full rank, largest first."""
+    import numpy as np
+
+    return np.linalg.svd(update.delta.read(), compute_uv=False).astype(np.float64)
 
 
 def effective_rank(values: Any) -> float:

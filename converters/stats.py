@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
-from loraduct.adapter import Adapter, LowRank, Update
-from loraduct.converters.lowrank import effective_rank, singular_values
+from loraduct.adapter import Adapter, Dense, LowRank, Update
+from loraduct.converters.lowrank import dense_singular_values, effective_rank, singular_values
 from loraduct.tensor import Tensor, as_float32, is_finite
 
 _AT_ONCE = 1 << 20  # values
@@ -22,12 +22,17 @@ def stats_of(adapter: Adapter) -> dict[str, Any]:
     """
     modules, replaced, bad = [], [], []
     for name, update in adapter.updates.items():
-        broken = [t.name for t in update.tensors if not _all_finite(t)]
+        stored = {o.name: o for t in update.tensors for o in t.origins}
+        broken = [name for name, t in stored.items() if not _all_finite(t)]
         bad += broken
         if broken:
             continue
         if isinstance(update, LowRank):
-            modules.append({"module": name, **_spectrum(update)})
+            modules.append({"module": name, **_spectrum(singular_values(update), update.rank)})
+        elif isinstance(update, Dense):
+            if 0 not in update.shape:  # which it has where only the base would tell it
+                values = dense_singular_values(update)
+                modules.append({"module": name, **_spectrum(values, min(update.shape))})
         else:
             replaced.append({"parameter": name, "norm": _norm(update)})
     bad += [t.name for t in adapter.set_aside if not _all_finite(t)]
@@ -39,13 +44,12 @@ def stats_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _spectrum(update: LowRank) -> dict[str, Any]:
-    values = singular_values(update)
+def _spectrum(values: Any, rank: int) -> dict[str, Any]:
     return {
         "norm": float((values**2).sum() ** 0.5),
         "largest": float(values.max(initial=0.0)),
         "effective_rank": effective_rank(values),
-        "rank": update.rank,
+        "rank": rank,
     }
 
 

@@ -166,10 +166,10 @@ class Adapter:
         return {m: u for m, u in self.updates.items() if isinstance(u, Replacement)}
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors, in the order of the updates; copies last."""
-        for update in self.updates.values():
-            yield from update.tensors
-        yield from self.set_aside
+        """All stored tensors, each once, in the order of the updates; copies last."""
+        held = [t for u in self.updates.values() for t in u.tensors]
+        stored = [o for t in (*held, *self.set_aside) for o in t.origins]
+        yield from {o.name: o for o in stored}.values()
 
     @property
     def rank(self) -> int:

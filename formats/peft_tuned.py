@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loraduct.adapter import Adapter, Note, Replacement, Update
+from loraduct.adapter import Adapter, Dense, Note, Replacement, Update
+from loraduct.computed import given
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, companions, peft, peft_config
 from loraduct.formats.base import CONV1D, Base
@@ -46,16 +47,17 @@ def read(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Adapt
     if not parts:
         raise Refused(weights, f"holds no tensors of the {kind} that {CONFIG} says it is")
     _check_targets(list(parts), config, config_file, weights)
-    given = {m: Given(tuner.name, m, t, shared, config, folder, weights) for m, t in parts.items()}
     updates: dict[str, Update] = {}
     aside: list[Tensor] = []
-    for g in given.values():
-        found = _updates(_with_base(g, tuner, options.base), tuner)
+    for module, leaves in parts.items():
+        g = Given(tuner.name, module, leaves, shared, config, folder, weights)
+        known = _with_base(g, tuner, options.base)
+        found = {g.module: known} if isinstance(known, Dense) else _updates(known, tuner)
         updates |= found
         aside += _left_over(g, tuner, found)
     _check_shared(shared, updates, tuner, weights)
-    known = {**config, "bias": _bias(config)}
-    replaced, copies = peft.replacements(plain, parts, known, weights)
+    biased = {**config, "bias": _bias(config)}
+    replaced, copies = peft.replacements(plain, parts, biased, weights)
     files, odd = companions.find(folder)
     notes = [Note("companion", text) for text in odd]
     notes += notes_on({k: config.get(k) for k in _COMMON}, updates, [], config_file)
@@ -152,29 +154,24 @@ def _check_targets(
             )
 
 
-def _with_base(g: Given, tuner: Tuner, base: Base | None) -> Given:
-    """With the base's weight and bias of the module, which a method that needs them must have."""
+def _with_base(g: Given, tuner: Tuner, base: Base | None) -> Given | Dense:
+    """With the base's weight and bias of the module; where they are needed and missing, a stand-in.
+
+    The stand-in is an update of unknown shape, so that a folder can be looked at without its base.
+    """
     bat = tuner.name == "MiSS" and g.config.get("init_weights") == "bat"
     needs = "weights" if bat else tuner.base
     if base is None or not base.has_weights:
-        if not needs:
-            return g
-        what = {
-            "shapes": "the file does not hold the shapes of the weights it changes",
-            "weights": "what it changes depends on the base's weights",
-        }[needs]
-        raise Refused(
-            g.folder / CONFIG,
-            f"is a {tuner.name} adapter: {what}; give --base BASE, with weights",
-        )
+        return _unknown(g, needs) if needs else g
     weight, shape = base.weight_of(f"{g.module}.weight"), base.shape_of(g.module)
-    if weight is None or shape is None:
+    transposed = base.text_config.get("model_type") in CONV1D
+    if weight is None or shape is None or transposed:
         if not needs:
             return g
+        if transposed:
+            raise g.refuse(f"{tuner.name} on transposed weights (Conv1D) isn't carried")
         found = "no weight" if weight is None else f"shape {list(weight.shape)}"
         raise g.refuse(f"the base {base.path} has {found} for {g.module}.weight, expected a matrix")
-    if base.text_config.get("model_type") in CONV1D:
-        raise g.refuse(f"{tuner.name} on transposed weights (Conv1D) isn't carried")
     if needs == "weights" and weight.stored_dtype not in FLOATS:
         raise g.refuse(
             f"the base {base.path} is quantised, and what {tuner.name} changes depends on its"
@@ -183,6 +180,21 @@ def _with_base(g: Given, tuner: Tuner, base: Base | None) -> Given:
     rows, cols = shape
     bias = base.tensors.get(f"{g.module}.bias")
     return replace(g, shape=(rows, cols), weight=weight, bias=bias)
+
+
+def _unknown(g: Given, needs: str) -> Dense:
+    """An update that can't be made without the base: asking for its values says so."""
+    what = {
+        "shapes": "the file does not hold the shapes of the weights it changes",
+        "weights": "what it changes depends on the base's weights",
+    }[needs]
+
+    def values() -> Any:
+        kind = f"{g.method} adapter (peft_type {g.config['peft_type']})"
+        raise Refused(g.folder / CONFIG, f"is a {kind}: {what}; give --base BASE, with weights")
+
+    inputs = [*g.tensors.values(), *g.shared.values()]
+    return Dense(given(f"{g.module}.delta", inputs, (0, 0), values), what)
 
 
 def _left_over(g: Given, tuner: Tuner, found: Mapping[str, Update]) -> list[Tensor]:

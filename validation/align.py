@@ -45,6 +45,21 @@ def hf_names(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, s
         return Check("names", "failed", str(e))
 
 
+def base_names(adapter: Adapter, base: Base, to_hf: Mapping[str, str | None]) -> dict[str, str]:
+    """What each module is called in the base's file, which keeps older names than live models have."""
+    rules = _rules(base, reverse=False)
+    found = {}
+    for module, name in to_hf.items():
+        if name is None or adapter.low_rank[module].layout in ("experts", "parameter"):
+            continue  # fused parameters are written expert by expert, and not looked up
+        pattern = pattern_of(name)
+        rule = rules.get(pattern, _SAME)
+        other = renamed(name, pattern, rule.mlx[0]) if rule.hf and rule.how == "same" else name
+        there = (n for n in (name, other) if base.weight_of(f"{n}.weight") is not None)
+        found[module] = next(there, name)
+    return found
+
+
 _SAME = Rule("", ("",))
 
 

@@ -18,10 +18,8 @@ from loraduct.formats.base import (
     wrong_experts,
 )
 from loraduct.text import several
-from loraduct.validation.align import NameMap, hf_names
+from loraduct.validation.align import NameMap, base_names, hf_names
 from loraduct.validation.checks import Check
-
-_FUSED = ("experts", "parameter")
 
 
 def check(
@@ -64,8 +62,7 @@ def _names_and_shapes(adapter: Adapter, base: Base, names: NameMap | None) -> li
     to_base = hf_names(adapter, base, names)
     if isinstance(to_base, Check):
         return [to_base]
-    # experts and the like have other names in the file than in either library
-    plain = {m: n for m, n in to_base.items() if n and adapter.low_rank[m].layout not in _FUSED}
+    plain = base_names(adapter, base, to_base)
     shapes = {m: _shape(adapter, base, f"{n}.weight") for m, n in plain.items()}
     shapes |= {n: _shape(adapter, base, n) for n in adapter.replacements}
     absent = [n for n, shape in shapes.items() if shape is None]
