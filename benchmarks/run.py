@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import convert
+import experts
 import startup
 from measure import (
     Table,
@@ -31,7 +32,8 @@ def measure_all(ranks: tuple[int, ...]) -> tuple[list[Table], list[Target]]:
     """Tables and targets of every benchmark."""
     start_tables, start_targets = startup.measure_all()
     tables, targets = convert.measure_all(ranks)
-    return start_tables + tables, start_targets + targets
+    moe_tables, moe_targets = experts.measure_all()
+    return start_tables + tables + moe_tables, start_targets + targets + moe_targets
 
 
 def markdown(tables: list[Table], command: str) -> str:

@@ -32,6 +32,10 @@ RANKS = (16, 256)
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
+# experts as Qwen3-30B-A3B has them
+MOE, MOE_BASE = CACHE / "peft-experts", CACHE / "base-experts"
+EXPERTS, MOE_RANK, MOE_LAYERS, MOE_HIDDEN, MOE_INTERMEDIATE = 128, 16, 40, 2048, 768
+
 # module path inside a layer -> (inputs, outputs)
 MODULES: dict[str, tuple[int, int]] = {
     "mlp.down_proj": (INTERMEDIATE, HIDDEN),
@@ -133,20 +137,49 @@ def is_complete(folder: Path, shapes: dict[str, tuple[int, int]]) -> bool:
 
 def write_adapter(folder: Path, rank: int, layers: int = LAYERS) -> Path:
     """Write the adapter of this rank unless it is there already; returns its folder."""
-    shapes = tensor_shapes(rank, layers)
+    return write_folder(folder, tensor_shapes(rank, layers), adapter_config(rank), SEED + rank)
+
+
+def write_folder(
+    folder: Path, shapes: dict[str, tuple[int, int]], config: dict[str, object], seed: int
+) -> Path:
+    """Write a PEFT folder of random values unless it is there already; returns it."""
     if is_complete(folder, shapes):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(adapter_config(rank), indent=2, sort_keys=True)
+    text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     partial = folder / (WEIGHTS + ".partial")
     with partial.open("wb") as file:
         file.write(safetensors_header(shapes))
-        write_values(file, shapes, SEED + rank)
+        write_values(file, shapes, seed)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / WEIGHTS)
     return folder
+
+
+def write_experts() -> Path:
+    """An adapter of all experts of a 128-expert model, 1 GB, and its base's config."""
+    shapes = {}
+    for layer in range(MOE_LAYERS):
+        stem = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for path, inner, out in (  # gate_up_proj is the inner one of PEFT's two wrappers
+            (f"{stem}.base_layer", MOE_HIDDEN, 2 * MOE_INTERMEDIATE),
+            (stem, MOE_INTERMEDIATE, MOE_HIDDEN),
+        ):
+            shapes[f"{path}.lora_A.weight"] = (EXPERTS * MOE_RANK, inner)
+            shapes[f"{path}.lora_B.weight"] = (out, MOE_RANK * EXPERTS)
+    config = adapter_config(MOE_RANK) | {
+        "base_model_name_or_path": "synthetic/moe-30b",
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    base = MOE_BASE / "config.json"
+    base.parent.mkdir(parents=True, exist_ok=True)
+    fields = {"num_hidden_layers": MOE_LAYERS, "num_experts": EXPERTS, "hidden_size": MOE_HIDDEN}
+    base.write_text(json.dumps({"model_type": "qwen3_moe", "tie_word_embeddings": False} | fields))
+    return write_folder(MOE, dict(sorted(shapes.items())), config, SEED)
 
 
 def adapter_folder(rank: int) -> Path:
@@ -162,6 +195,9 @@ def prepare(ranks: Iterable[int]) -> None:
 def main() -> None:
     """`python synthetic.py [RANK ...]`."""
     write_adapter(SMALL, min(RANKS), layers=1)
+    if sys.argv[1:] == ["experts"]:
+        write_experts()
+        return
     for rank in [int(word) for word in sys.argv[1:]] or RANKS:
         folder = write_adapter(adapter_folder(rank), rank)
         print(f"{folder}  {(folder / WEIGHTS).stat().st_size / 1e6:.1f} MB")

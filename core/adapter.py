@@ -161,6 +161,11 @@ class Adapter:
         return {m: u for m, u in self.updates.items() if isinstance(u, Dense)}
 
     @property
+    def adapted(self) -> set[str]:
+        """The modules whose weight is updated: all but the replaced parameters."""
+        return {m for m, u in self.updates.items() if not isinstance(u, Replacement)}
+
+    @property
     def replacements(self) -> dict[str, Replacement]:
         """The replaced parameters."""
         return {m: u for m, u in self.updates.items() if isinstance(u, Replacement)}

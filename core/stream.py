@@ -76,3 +76,17 @@ def matrix(
             strip = slice(first, first + _STRIP)
             np.copyto(piece[:, strip], values[strip, start:stop].T)
         yield piece
+
+
+def turned(matrix: Any) -> Any:
+    """The transpose of a matrix in memory, contiguous: strips of a copy with gaps between rows."""
+    import numpy as np
+
+    rows, cols = matrix.shape
+    spread = np.empty((rows, cols + _GAP // matrix.itemsize), matrix.dtype)[:, :cols]
+    np.copyto(spread, matrix)
+    out = np.empty((cols, rows), matrix.dtype)
+    for first in range(0, rows, 2 * _STRIP):
+        strip = slice(first, first + 2 * _STRIP)
+        np.copyto(out[:, strip], spread[strip].T)
+    return out

@@ -266,7 +266,8 @@ class Tensor:
         import numpy as np
 
         if self.make is not None:  # once, and held for as long as its pieces are asked for
-            yield from replace(self, data=self.make(), make=None).chunks(loss, at)
+            data = np.ascontiguousarray(self.make())
+            yield from replace(self, data=data, make=None).chunks(loss, at)
             return
         changed = self.factor != 1.0 or self.dtype != self.stored_dtype or self.data is not None
         plain = not changed and self.size is None and self.source is not None

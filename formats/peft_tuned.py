@@ -40,8 +40,8 @@ def read(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Adapt
         if config.get(field) is False:
             raise Refused(
                 config_file,
-                f"is a {tuner.name} adapter, and {field} is false: PEFT makes what is missing anew,"
-                f" by seeds that count all modules of the model; save it with {field}=True",
+                f"is a {kind}, and {field} is false: PEFT makes what is missing anew, by a seed or"
+                f" from the base, and not the same everywhere; save it with {field}=True",
             )
     parts, shared, plain = _sorted(tensors, tuner, weights)
     if not parts:

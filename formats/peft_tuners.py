@@ -129,7 +129,7 @@ TUNERS: dict[str, Tuner] = {
     ),
     "BONE": Tuner(
         "Bone",
-        why="is not in PEFT any more (0.18 was the last to load it); MiSS is its successor",
+        why="is not in PEFT 0.21 any more; MiSS took its place",
     ),
     "XLORA": Tuner("X-LoRA", why="mixes several LoRAs by a router that reads the input"),
     "POLY": Tuner("Polytropon", why="mixes modules by a router that reads the task's number"),

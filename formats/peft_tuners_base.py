@@ -138,7 +138,8 @@ def frod(g: Given) -> Dense:
     n = g.sizes(frod_lambda_l="i", frod_lambda_s_values="n")
     inner = n["i"]
     if shared_v.shape != (inner, inner) or places.shape != (2, n["n"]) or size.shape != (2,):
-        raise g.refuse(f"shapes {list(shared_v.shape)}, {list(places.shape)}", names["V"])
+        what = f"{list(shared_v.shape)} and {n['n']} values at {list(places.shape)} places"
+        raise g.refuse(f"does not fit: shape {what}", "frod_lambda_s_values")
     values, scales = g.find("frod_lambda_s_values"), g.find("frod_lambda_l")
 
     def new(weight: Array) -> Array:
@@ -180,7 +181,7 @@ def deft(g: Given) -> LowRank:
     n = g.sizes(deft_P="o r")
     p, r = g.find("deft_P"), n["r"]
     if r != min(g.count("r", 8), n["o"]):
-        raise g.refuse(f"rank {r}, the config says otherwise", "deft_P")
+        raise g.refuse(f"rank {r}, the config says {g.count('r', 8)}", "deft_P")
     orthogonal = g.choice("decomposition_method", "relu", ["relu", "qr"]) == "qr"
     removal = g.flag("para")
     injected = None if removal else g.find("deft_R")

@@ -94,9 +94,7 @@ def first_of_randperm(n: int, count: int, seed: int) -> Array:
     draws are 32 bits each of the Mersenne twister, seeded as in its reference implementation. The
     rest of the permutation is never made.
     """
-    twister = np.random.MT19937()
-    twister._legacy_seeding(seed)
-    draws = twister.random_raw(count)
+    draws = np.random.RandomState(seed).randint(0, 1 << 32, count, dtype=np.uint32)
     moved: dict[int, int] = {}
     found = np.empty(count, np.int64)
     for i in range(count):

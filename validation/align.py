@@ -73,7 +73,7 @@ def aligned(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, Up
     to_hf = hf_names(adapter, base, names)
     if isinstance(to_hf, Check):
         return to_hf
-    found: dict[str, Update] = dict(adapter.replacements)
+    found: dict[str, Update] = {**adapter.replacements, **adapter.dense}
     if adapter.naming == "mlx":
         found |= {to_hf[m] or m: u for m, u in adapter.low_rank.items()}
         for u in adapter.low_rank.values():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from loraduct.adapter import LowRank, Replacement, Update
+from loraduct.adapter import Dense, LowRank, Replacement, Update
 from loraduct.formats.base import Base
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
@@ -63,6 +63,10 @@ class Delta:
 
 def compare(module: str, first: Update, second: Update, base: Base) -> Delta:
     """How far ``second`` is from ``first`` at one module or parameter."""
+    if isinstance(first, Dense) and isinstance(second, Dense | LowRank):
+        return _dense(module, first, second)
+    if isinstance(first, LowRank) and isinstance(second, Dense):
+        return _dense(module, first, second)
     if type(first) is not type(second):
         return Delta(module, 1.0, 0.0, 0.0, 0.0, "one replaces the parameter, the other adapts it")
     if isinstance(first, Replacement) and isinstance(second, Replacement):
@@ -119,6 +123,27 @@ def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
         off += float(np.linalg.norm(biases[1] - biases[0]))
         note = "with lora_bias"
     return _delta(module, off, norm2, inner, bound, note)
+
+
+def _dense(module: str, first: Dense | LowRank, second: Dense | LowRank) -> Delta:
+    """Of which at least one has full rank: PEFT's IA3, OFT, ... against what was made of it."""
+    import numpy as np
+
+    if first.shape != second.shape:
+        return Delta(module, 1.0, 0.0, 0.0, EQUAL, f"shapes {first.shape} and {second.shape}")
+    deltas = []
+    for u in (first, second):
+        if isinstance(u, Dense):
+            deltas.append(_array(u.delta))
+        elif u.magnitude is not None or u.layout != "linear":
+            return Delta(
+                module, 1.0, 0.0, 0.0, EQUAL, "one has full rank, the other is no plain LoRA"
+            )
+        else:
+            deltas.append(u.scale * (_array(u.b) @ _array(u.a)))
+    off, norm2 = float(np.linalg.norm(deltas[1] - deltas[0])), float(np.vdot(deltas[0], deltas[0]))
+    inner = float(np.vdot(deltas[0], deltas[1]))
+    return _delta(module, off, norm2, inner, EQUAL, "full rank")
 
 
 def _pairs(u: LowRank) -> Iterator[tuple[Any, Any]]:

@@ -62,7 +62,7 @@ def _names_and_shapes(adapter: Adapter, base: Base, names: NameMap | None) -> li
     to_base = hf_names(adapter, base, names)
     if isinstance(to_base, Check):
         return [to_base]
-    plain = base_names(adapter, base, to_base)
+    plain = base_names(adapter, base, to_base) | {m: m for m in adapter.dense}
     shapes = {m: _shape(adapter, base, f"{n}.weight") for m, n in plain.items()}
     shapes |= {n: _shape(adapter, base, n) for n in adapter.replacements}
     absent = [n for n, shape in shapes.items() if shape is None]
@@ -115,11 +115,11 @@ def _complete(adapter: Adapter, base: Base) -> list[Check]:
         known = {*base.linear_modules, *adapter.low_rank}
         selected = mlx_keys.selects(adapter.config, known, base.layers)
         wanted = {m for m, hit in selected.items() if hit}
-    missed = sorted(set(adapter.low_rank) - wanted)
+    missed = sorted(adapter.adapted - wanted)
     if missed and adapter.format == "mlx":
         what = "keys and num_layers don't select it in this base: mlx-lm refuses the folder"
         return [Check("targets", "failed", what, missed[0])]
-    absent = sorted(wanted - set(adapter.low_rank))
+    absent = sorted(wanted - adapter.adapted)
     if absent:
         what = f"the config selects {several(absent)} but the file has no tensors for it: "
         if adapter.format == "peft" and adapter.config.get("init_lora_weights") is False:

@@ -65,13 +65,13 @@ def command(
     from loraduct.validation import align, runtimes, structure
     from loraduct.validation.checks import Check, passed, verdict
 
-    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False)
+    model = base_folder.read(base)
+    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False, base=model)
     table = _name_map(name_map)
     names = align.NameMap(name_map, table) if name_map and table is not None else None
     texts = _prompts(prompts) if prompts else list(runtimes.PROMPTS)
     paths = [p for p in (first, second) if p is not None]
     adapters = _adapters(paths, options)
-    model = base_folder.read(base)
     if len(adapters) == 2 and not model.has_weights:
         raise Refused(
             model.path,
