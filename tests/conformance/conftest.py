@@ -37,6 +37,7 @@ def _load(name: str) -> ModuleType:
 
 
 _zoo = _load("zoo")
+_tuners = _load("tuners")  # test modules import it as conformance_tuners
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -228,5 +229,26 @@ def train(
         config = targets if hasattr(targets, "peft_type") else peers.lora(targets, **options)
         peers.save_peft(tiny(base).path, path, config, zoo.TOKENS)
         return path
+
+    return make
+
+
+@pytest.fixture
+def saved(
+    tiny: Callable[[str], Any], peers: ModuleType, tmp_path: Path
+) -> Callable[..., tuple[Path, Path]]:
+    """saved(kind, number) -> (the folder stock PEFT saved, the base's)."""
+    import torch
+    from peft import get_peft_model
+
+    def make(kind: str, number: int = 0, config: Any = None) -> tuple[Path, Path]:
+        on = _tuners.CASES[kind][number].get("on", "llama") if config is None else "llama"
+        torch.manual_seed(0)
+        model = get_peft_model(
+            peers.hf_base(tiny(on).path), config or _tuners.config_of(kind, number)
+        )
+        _tuners.randomise(model)
+        model.save_pretrained(tmp_path / "peft")
+        return tmp_path / "peft", tiny(on).path
 
     return make

@@ -84,14 +84,20 @@ def bare(base: Path, tokens: np.ndarray, peers: ModuleType) -> tuple[np.ndarray,
     return torch_side, peers.mlx_logits(base, None, tokens)
 
 
-def _train_peft(peers: ModuleType, base: Path, folder: Path, options: dict[str, Any]) -> None:
+def _train_peft(
+    peers: ModuleType, base: Path, folder: Path, config: Any, initial: Path | None = None
+) -> None:
     import torch
     from peft import get_peft_model
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = get_peft_model(peers.hf_base(base), peers.lora(ALL_SEVEN, **options))
+    if isinstance(config, dict):
+        config = peers.lora(ALL_SEVEN, **config)
+    model = get_peft_model(peers.hf_base(base), config)
+    if initial is not None:
+        model.save_pretrained(initial)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     model.train()
@@ -196,6 +202,89 @@ def test_trained_with_mlx(
     back = convert(result, "mlx", "--base", base)
     assert peers.read_json(back / peers.CONFIG) == peers.read_json(source / peers.CONFIG)
     assert peers.changed_tensors(source / peers.MLX_WEIGHTS, back / peers.MLX_WEIGHTS) == {}
+
+
+def test_adalora(
+    base: Path,
+    tokens: np.ndarray,
+    bare: tuple[np.ndarray, np.ndarray],
+    convert: Callable[..., Path],
+    peers: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """Three factors become two; the scale is alpha over the initial rank."""
+    from peft import AdaLoraConfig
+
+    config = AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=ALL_SEVEN, init_r=8, target_r=4, lora_alpha=512,
+        total_step=12, tinit=2, tfinal=2, orth_reg_weight=1e-3,
+    )  # fmt: skip
+    _train_peft(peers, base, tmp_path / "peft", config)
+    result = convert(tmp_path / "peft", "mlx", "--base", base)
+    expected = peers.peft_logits(base, tmp_path / "peft", tokens)
+    _assert_carried(expected, peers.mlx_logits(base, result, tokens), *bare)
+
+
+def test_pissa_with_its_initial_adapter(
+    base: Path,
+    tokens: np.ndarray,
+    bare: tuple[np.ndarray, np.ndarray],
+    convert: Callable[..., Path],
+    run: Callable[..., Any],
+    peers: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """Training moved the base: less the factors at its start, the update is plain LoRA."""
+    options = {"init_lora_weights": "pissa", "layers_to_transform": list(range(8))}
+    config = peers.lora(["q_proj", "v_proj", "o_proj"], r=8, lora_alpha=8, **options)
+    _train_peft(peers, base, tmp_path / "peft", config, tmp_path / "initial")
+    source, initial = tmp_path / "peft", tmp_path / "initial"
+    result = convert(source, "mlx", "--base", base, "--initial", initial)
+    expected = peers.peft_logits(base, source, tokens)
+    _assert_carried(expected, peers.mlx_logits(base, result, tokens), *bare)
+    plain = convert(source, "peft", "--initial", initial)
+    _assert_validated(run, base, plain, result)
+
+
+def test_embedding_trained_with_mlx(
+    base: Path,
+    tokens: np.ndarray,
+    bare: tuple[np.ndarray, np.ndarray],
+    convert: Callable[..., Path],
+    peers: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """SmolLM2 ties its embedding: mlx-lm's one update is PEFT's two, of the embedding and the head."""
+    settings = tmp_path / "lora.yaml"
+    keys = ["self_attn.q_proj", "self_attn.v_proj", "model.embed_tokens"]
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.0, "keys": keys}
+    settings.write_text(json.dumps({"lora_parameters": parameters}))
+    source = tmp_path / "mlx"
+    _train_mlx(base, source, ["-c", str(settings), "--num-layers", "8"])
+    assert any("embed_tokens" in n for n in peers.raw_tensors(source / peers.MLX_WEIGHTS))
+    result = convert(source, "peft", "--base", base)
+    expected = peers.mlx_logits(base, source, tokens)
+    _assert_carried(expected, peers.peft_logits(base, result, tokens), *reversed(bare))
+
+
+def test_lora_bias_for_servers(
+    base: Path, tokens: np.ndarray, convert: Callable[..., Path], peers: ModuleType, tmp_path: Path
+) -> None:
+    """A low-rank bias is scaled with its module when patterns are folded."""
+    import warnings
+
+    options = {"r": 8, "lora_alpha": 16, "lora_bias": True, "alpha_pattern": {"q_proj": 5}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _train_peft(peers, base, tmp_path / "peft", options)
+        result = convert(tmp_path / "peft", "peft", "--uniform", "--base", base)
+
+        def answers(folder: Path) -> np.ndarray:
+            model = peers.PeftModel.from_pretrained(peers.hf_base(base), folder)
+            logits: np.ndarray = peers.torch_logits(model, tokens)
+            return logits
+
+        np.testing.assert_allclose(answers(result), answers(tmp_path / "peft"), atol=2e-4)
 
 
 def test_the_proof_can_fail(
