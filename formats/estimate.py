@@ -152,7 +152,8 @@ def _from_config(base: Base, file: Path) -> tuple[Shapes, set[str]]:
         "self_attn.dense": (hidden, q),
     }
     entry = architectures().get(base.model_type)
-    hf = {*entry.by_hf, *entry.blocked} if entry else set[str]()
+    # live names only: the table also knows the names of older versions
+    hf = {*(r.hf for r in entry.by_mlx.values()), *entry.blocked} if entry else set[str]()
     first = {_block_0(p) for p in hf if "{}" in p}
     skipped = {"mlp"} if any(kind_of_module(m) == "experts" for m in first) else set[str]()
     if any(_within(m) == _LATENT for m in first):

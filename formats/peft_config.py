@@ -117,6 +117,12 @@ def _is_indices(v: Any) -> bool:
     return all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in lists)
 
 
+def _is_ranges(v: Any) -> bool:
+    return isinstance(v, list) and all(
+        isinstance(x, list) and len(x) == 2 and all(type(i) is int for i in x) for x in v
+    )
+
+
 def _is_layers(v: Any) -> bool:
     return type(v) is int or (isinstance(v, list) and all(type(x) is int for x in v))
 
@@ -149,6 +155,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
         "a list of names or one pattern",
     ),
     "modules_to_save": (_is_texts, "a list of names"),
+    "layer_replication": (_is_ranges, "a list of pairs of layer numbers"),
     "target_parameters": (_is_texts, "a list of names"),
     "trainable_token_indices": (_is_indices, "a list of token indices, or an object of such"),
     "alora_invocation_tokens": (_is_indices, "a list of token indices"),
