@@ -8,22 +8,30 @@ from loraduct.adapter import Dense, LowRank
 
 
 def factors(update: LowRank) -> tuple[Any, Any]:
-    """(a (r, in), scale * b (out, r)) in float64."""
+    """(a (r, in), scale * b (out, r)) in float64, with a first axis of experts where there are any.
+
+    A convolution's kernel counts among its inputs.
+    """
     import numpy as np
 
     a = update.a.read(finite=False).astype(np.float64)
     b = update.b.read(finite=False).astype(np.float64) * update.scale
+    if update.layout == "conv":
+        return a.reshape(update.rank, -1), b.reshape(-1, update.rank)
     return a, b
 
 
 def singular_values(update: LowRank) -> Any:
-    """Singular values of scale * b @ a, largest first: QR of both factors, SVD of the small core."""
+    """Singular values of scale * b @ a, largest first: QR of both factors, SVD of the small core.
+
+    Of experts: (experts, r).
+    """
     import numpy as np
 
     a, b = factors(update)
     left: Any = np.linalg.qr(b, mode="r")
-    right: Any = np.linalg.qr(a.T, mode="r")
-    return np.linalg.svd(left @ right.T, compute_uv=False)
+    right: Any = np.linalg.qr(a.swapaxes(-1, -2), mode="r")
+    return np.linalg.svd(left @ right.swapaxes(-1, -2), compute_uv=False)
 
 
 def dense_singular_values(update: Dense) -> Any:

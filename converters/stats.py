@@ -45,10 +45,12 @@ def stats_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def _spectrum(values: Any, rank: int) -> dict[str, Any]:
+    """Of experts, (experts, r): the norm of all, the largest of all, the mean effective rank."""
+    each = values.reshape(-1, values.shape[-1])
     return {
         "norm": float((values**2).sum() ** 0.5),
         "largest": float(values.max(initial=0.0)),
-        "effective_rank": effective_rank(values),
+        "effective_rank": sum(map(effective_rank, each)) / len(each),
         "rank": rank,
     }
 

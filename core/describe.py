@@ -70,7 +70,9 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "traps": [{"kind": n.kind, "text": n.text} for n in adapter.notes],
     }
     if tensors:
-        listed = [(name, t) for name, u in adapter.updates.items() for t in u.tensors]
+        listed = [
+            (name, o) for name, u in adapter.updates.items() for t in u.tensors for o in t.origins
+        ]
         listed += [("", t) for t in adapter.set_aside]
         document["tensors"] = [
             {"name": t.name, "shape": list(t.stored_shape), "dtype": t.stored_dtype, "update": name}
@@ -131,9 +133,14 @@ def _targets(adapter: Adapter) -> list[Row]:
     rows: dict[Any, Row] = {}
     for module, u in adapter.low_rank.items():
         count = sum(math.prod(t.shape) for t in u.tensors)
-        row = _row(rows, module, module, [u.b.shape[0], u.a.shape[1]], count)
+        row = _row(rows, module, module, list(u.shape), count)
         row.setdefault("ranks", set()).add(u.rank)
         row.setdefault("scales", set()).add(u.scale)
+    for module, full in adapter.dense.items():
+        count = sum(math.prod(o.shape) for t in full.tensors for o in t.origins)
+        row = _row(rows, module, module, list(full.shape), count)
+        row.setdefault("ranks", set())
+        row.setdefault("scales", set())
     return _sorted(rows)
 
 
@@ -264,7 +271,7 @@ def _target_table(targets: list[Row]) -> list[str]:
     rows = [["kind", "module", "layers", "rank", "out x in", "parameters"]]
     for row in targets:
         shape = " x ".join(map(str, row["shape"]))
-        ranks = _counts({str(r): 1 for r in row["ranks"]}).replace(" (1)", "")
+        ranks = _counts({str(r): 1 for r in row["ranks"]}).replace(" (1)", "") or "full"
         rows.append([*_cells(row), ranks, shape, f"{row['parameters']:,}"])
     return _grouped(rows)
 

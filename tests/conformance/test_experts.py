@@ -7,6 +7,7 @@ have the right shape: only the logits of the stock libraries tell.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +286,18 @@ def test_the_proof_compares_experts(
     done = run("validate", source, there, "--base", base)
     assert done.exit_code == 3
     assert name in done.output
+
+
+def test_inspect_tells_experts(trained: Any, run: Callable[..., Any], peers: ModuleType) -> None:
+    """Shapes and norms of all experts of a layer; the oracle is PEFT's own merge."""
+    base, source, *_ = trained("mixtral")
+    found = json.loads(run("inspect", source, "--stats", "--json").stdout)
+    row = next(r for r in found["targets"] if r["module"] == "mlp.experts.gate_up_proj")
+    assert row["shape"] == [4, 224, 64]
+    merged = peers.PeftModel.from_pretrained(peers.hf_base(base).double(), source)
+    moved = merged.merge_and_unload().model.layers[0].mlp.experts.gate_up_proj
+    plain = peers.hf_base(base).double().model.layers[0].mlp.experts.gate_up_proj
+    norm = float((moved - plain).norm())
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stats = next(m for m in found["stats"]["modules"] if m["module"] == name)
+    assert stats["norm"] == pytest.approx(norm, rel=1e-5)
