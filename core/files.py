@@ -286,6 +286,8 @@ def replace_file(target: Path, chunks: Iterable[Any]) -> None:
     The lock is its folder's: whoever replaces the folder is a second writer too. Where the folder
     can't be replaced, because nothing may be written beside it, there is none.
     """
+    if target.is_symlink():  # in a model cache, to a file that others share
+        raise Refused(target, f"is a link to {os.readlink(target)}; copy the folder first")
     target = resolved(target)
     folder = target.parent
     lock = locked(folder) if os.access(folder.parent, os.W_OK) else contextlib.nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
@@ -55,9 +54,6 @@ def command(
     adapter = read(path, ReadOptions(scale, trained_on, allow_pickle, adapter_name))
     if adapter.weights.suffix != ".safetensors":
         raise Refused(adapter.weights, "has no place for metadata; convert it to safetensors first")
-    if adapter.weights.is_symlink():  # in a model cache, to a file that others share
-        target = os.readlink(adapter.weights)
-        raise Refused(adapter.weights, f"is a link to {target}; copy the folder first")
     tensors, metadata = read_header(adapter.weights)
     for field, value in texts.items():
         if value == "":

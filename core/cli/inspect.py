@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
 
 if TYPE_CHECKING:
     from loraduct.formats.options import ReadOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "--stats", is_flag=True, help="Read the values: norms of dW, effective rank, NaN and Inf."
 )
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@base_option
 @click.option(
     "--estimate",
     type=PATH,
@@ -38,6 +39,7 @@ def command(
     as_json: bool,
     stats: bool,
     tensors: bool,
+    base: Path | None,
     estimate: Path | None,
     rank: int | None,
     targets: str | None,
@@ -54,6 +56,7 @@ def command(
         "PATH": path is not None,
         "--stats": stats,
         "--tensors": tensors,
+        "--base": base is not None,
         "--adapter": adapter_name is not None,
         "--scale": scale is not None,
         "--trained-on": trained_on is not None,
@@ -73,7 +76,12 @@ def command(
     from loraduct.formats.options import ReadOptions
     from loraduct.text import printable
 
-    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False)
+    model = None
+    if base is not None:  # the update of some of PEFT's methods depends on it
+        from loraduct.formats.base import read as read_base
+
+        model = read_base(base)
+    options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False, base=model)
     several = adapters_in(path) if path.is_dir() and not adapter_name else {}
     if several and detect(path) is None and len(several) > 1:
         found = [_document(p, options, stats, tensors) for p in several.values()]
