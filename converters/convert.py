@@ -18,7 +18,6 @@ from typing import Any
 from loraduct import origin
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
-from loraduct.architectures import kind_of_module
 from loraduct.converters import names
 from loraduct.converters.approximate import EXACT, Wanted, approximate
 from loraduct.converters.start import undo
@@ -26,6 +25,7 @@ from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, peft_writer
 from loraduct.formats.base import Base, differences, wrong_experts
 from loraduct.formats.folder import METADATA, Folder, model_card
+from loraduct.modules import kind_of_module
 from loraduct.tensor import UNIT_ROUNDOFF, is_exact
 from loraduct.text import printable
 

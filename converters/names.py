@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraduct.adapter import Adapter, LowRank, Update
-from loraduct.architectures import Rule, pattern_of, renamed, renamer, rules_for, table
+from loraduct.architectures import Rule, renamed, renamer, rules_for, table
 from loraduct.computed import joined, moved, part, resized, stacked
 from loraduct.errors import Refused
+from loraduct.modules import pattern_of
 from loraduct.tensor import Tensor
 from loraduct.text import printable
 

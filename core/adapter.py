@@ -16,8 +16,10 @@ from typing import Any
 from loraduct.computed import resized
 from loraduct.tensor import Tensor
 
+# eq=False: these are never compared by value, and a generated method costs every start-up
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """dW = scale * b @ a; with ``magnitude`` (out,) it is DoRA: W' = m * (W + dW) / ||W + dW||_row.
 
@@ -66,7 +68,7 @@ class LowRank:
         return tuple(t for t in (self.a, self.b, self.magnitude, self.bias) if t is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replacement:
     """A parameter of the base is replaced by ``weight``; ``origin`` says why it is in the file."""
 
@@ -79,7 +81,7 @@ class Replacement:
         return (self.weight,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """dW (out, in) = ``delta``: of full rank, so that a LoRA can only approximate it.
 
@@ -103,7 +105,7 @@ class Dense:
 Update = LowRank | Replacement | Dense
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BaseRef:
     """What an adapter says about the base model it was trained on."""
 
@@ -114,7 +116,7 @@ class BaseRef:
     kin: str | None = None  # sampled weights, see loraduct.formats.base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Note:
     """Something a reader found that a person should know. ``kind`` is stable, for programs."""
 
@@ -122,7 +124,7 @@ class Note:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter as read from a folder.
 

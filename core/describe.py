@@ -11,7 +11,7 @@ from typing import Any
 
 from loraduct import origin
 from loraduct.adapter import Adapter, kind_of
-from loraduct.architectures import KINDS, block_of, kind_of_module
+from loraduct.modules import KINDS, block_of, kind_of_module
 from loraduct.text import number, printable, ranges, several, size, table
 
 _TRAINING = (

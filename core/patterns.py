@@ -7,9 +7,7 @@ while it works, so an alarm stops it on the main thread; elsewhere the work goes
 from __future__ import annotations
 
 import re
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +55,9 @@ def first_matches(
     for pattern in patterns:
         if len(pattern) > LENGTH:
             raise Refused(file, f"{what} holds a pattern of {len(pattern):,} characters")
+    import signal
+    import threading
+
     try:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
             return _with_alarm(patterns, names, full)
@@ -80,6 +81,8 @@ def _match(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[in
 
 
 def _with_alarm(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[int]:
+    import signal
+
     def ring(*_: Any) -> None:
         raise _TooSlow
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loraduct.files import Source
 
 WHOLE = 8 << 20  # a matrix up to this size is read at once
+NARROW = 4096  # bytes of a row below which reading it on its own costs more than copying it
 PIECE = 256 << 10  # bytes handed out at once
 _GAP = 64  # bytes between rows in memory: one cache line
 _STRIP = 64  # rows of the source copied at a time
@@ -64,7 +65,12 @@ def matrix(
         return
     stride = cols * width + (_GAP if cols * width >= _GAP else 0)
     spread = _buffer("in", rows * stride, offset).reshape(rows, stride)[:, : cols * width]
-    source.read_rows(offset, spread, name)
+    if cols * width < NARROW:
+        flat = _buffer("flat", rows * cols * width, offset)
+        source.read_into(offset, flat, name)
+        np.copyto(spread, flat.reshape(rows, -1))
+    else:
+        source.read_rows(offset, spread, name)
     values = spread.view(kind)
     step = max(1, PIECE // (rows * width))
     for start in range(0, cols, step):

@@ -65,7 +65,7 @@ class Loss:
         return math.sqrt(self.error / self.size) if self.size else 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
     """One tensor of a file, lazily. ``shape`` and ``dtype`` describe the result, not the file."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import block_of, kind_of_module, pattern_of, table
+from loraduct.architectures import table
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.json_file import read_object
 from loraduct.formats.safetensors_file import read_header
+from loraduct.modules import block_of, kind_of_module, pattern_of
 from loraduct.tensor import FLOATS, UNIT_ROUNDOFF, Tensor, as_float32
 from loraduct.text import printable
 
@@ -24,17 +23,6 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _KIN_TENSORS, _KIN_VALUES = 8, 32
 _TIED_HEADS = ("lm_head.weight", "embed_out.weight")
-# How quantised bases are named on model hubs; adapter files have no field for it.
-_QUANTIZED_NAMES = (
-    (r"bnb-4bit|nf4", "4-bit bitsandbytes"),
-    (r"bnb-8bit", "8-bit bitsandbytes"),
-    (r"gptq", "GPTQ"),
-    (r"awq", "AWQ"),
-    (r"(?<!\d)fp8(?!\d)", "FP8"),
-    (r"[-_]4[-_]?bit|int4|[-_]q4", "4-bit"),
-    (r"[-_]8[-_]?bit|int8|[-_]q8", "8-bit"),
-    (r"[-_]([2356])[-_]?bit", "low-bit"),
-)
 
 
 @dataclass(frozen=True)
@@ -183,11 +171,15 @@ class Base:
             rows.append(row[0, :_KIN_VALUES])
         sample = np.stack(rows)
         scaled = sample / np.maximum(np.abs(sample).max(axis=1, keepdims=True), 1e-30)
+        import base64
+
         return base64.b64encode(scaled.astype("<f2").tobytes()).decode()
 
 
 def correlation(kin: str, other: str) -> float | None:
     """Correlation of two kin samples: about 1 for copies of one base in any dtype."""
+    import base64
+
     import numpy as np
 
     try:
@@ -305,14 +297,6 @@ def read(path: Path) -> Base:
     if not (folder / "config.json").exists():
         raise NotRecognised(folder, "holds no config.json; a base model folder is expected")
     return Base(folder, read_object(folder / "config.json"))
-
-
-def quantization_in_name(name: str) -> str | None:
-    """What a base's name says of its quantisation."""
-    for pattern, what in _QUANTIZED_NAMES:
-        if re.search(pattern, name, re.IGNORECASE):
-            return what
-    return None
 
 
 def misread_fields(config: Mapping[str, Any]) -> dict[str, Any]:

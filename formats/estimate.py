@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraduct.architectures import KINDS, block_of, kind_of_module
 from loraduct.architectures import table as architectures
 from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
 from loraduct.formats.base import Base
+from loraduct.modules import KINDS, block_of, kind_of_module
 from loraduct.text import printable, several, size, table
 
 WIDTHS = (16, 8, 6, 4, 3, 2, 1)  # bits per value

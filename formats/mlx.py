@@ -14,15 +14,15 @@ from typing import Any
 
 from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
-from loraduct.architectures import block_of, kind_of_module
 from loraduct.computed import reshaped
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, companions, mlx_keys
-from loraduct.formats.base import quantization_in_name
+from loraduct.formats.base_name import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.peft_config import MAX_RANK
 from loraduct.formats.safetensors_file import check_floats, read_header
+from loraduct.modules import block_of, kind_of_module
 from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loraduct.architectures import block_of
+from loraduct.modules import block_of
 
 _QV = ("self_attn.q_proj", "self_attn.v_proj")
 # mlx-lm up to 2025-09-30, tuner/utils.py:linear_to_lora_layers, by model_type

@@ -14,10 +14,9 @@ from typing import Any
 
 from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, Note, Replacement, Update
-from loraduct.architectures import block_of, kind_of_module
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, companions, peft_config
-from loraduct.formats.base import quantization_in_name
+from loraduct.formats.base_name import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.peft_keys import PREFIX as PREFIX
@@ -26,6 +25,7 @@ from loraduct.formats.peft_lora import low_rank
 from loraduct.formats.peft_notes import notes_on
 from loraduct.formats.peft_variants import expanded
 from loraduct.formats.safetensors_file import check_floats, read_header
+from loraduct.modules import block_of, kind_of_module
 from loraduct.tensor import Tensor, same
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"

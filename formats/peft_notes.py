@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import LowRank, Note, Update
-from loraduct.architectures import block_of
 from loraduct.formats import CONFIG, peft_config
+from loraduct.modules import block_of
 from loraduct.text import ranges, several
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from loraduct import architectures
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
-from loraduct.architectures import block_of
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, peft_config
 from loraduct.formats.peft_keys import PREFIX
 from loraduct.formats.peft_lora import flattened, key_of, matches, nested
 from loraduct.formats.safetensors_file import ordered
+from loraduct.modules import block_of
 from loraduct.tensor import Tensor
 from loraduct.text import several
 

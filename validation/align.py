@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank, Update
-from loraduct.architectures import Rule, pattern_of, renamed, renamer, table
+from loraduct.architectures import Rule, renamed, renamer, table
 from loraduct.computed import moved
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
+from loraduct.modules import pattern_of
 from loraduct.validation.checks import Check
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import block_of
 from loraduct.formats.base import Base
+from loraduct.modules import block_of
 from loraduct.text import printable
 from loraduct.validation import runtimes
 from loraduct.validation.align import NameMap, aligned

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import kind_of_module
 from loraduct.errors import Refused
 from loraduct.formats import mlx_keys, peft_config
 from loraduct.formats.base import (
@@ -17,6 +16,7 @@ from loraduct.formats.base import (
     rope_conflicts,
     wrong_experts,
 )
+from loraduct.modules import kind_of_module
 from loraduct.text import several
 from loraduct.validation.align import NameMap, base_names, hf_names
 from loraduct.validation.checks import Check

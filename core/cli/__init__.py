@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -38,9 +39,9 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
-
         if args and args[0] not in VERBS and not args[0].startswith("-"):
+            import difflib
+
             near = difflib.get_close_matches(args[0], VERBS, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Verbs: {', '.join(VERBS)}."
             ctx.fail(f"No such verb {args[0]!r}.{hint}")
@@ -90,6 +91,7 @@ def main(debug: bool) -> None:
 
 def run() -> None:
     """The console script."""
+    gc.set_threshold(50_000)  # a short run makes hardly any cycles: looking for them costs 5 %
     # stderr and stdout of a terminal that can't show a character must not end in a traceback
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
