@@ -40,6 +40,8 @@ def rename(
     updates = adapter.low_rank
     if adapter.method == "full" and not reverse:
         _check_equal(model_type, file)
+    if not reverse:
+        _check_in_effect(updates, adapter.weights)
     # a full parameter is not renamed: the target refuses it, or both sides are MLX
     done: dict[str, Update] = dict(adapter.replacements)
     joined: Joined = {}
@@ -55,6 +57,22 @@ def rename(
             made = _to_mlx(updates, rules, before, adapter.weights)
         done |= made
     return replace(adapter, updates=done, naming=naming), joined, note
+
+
+def _check_in_effect(updates: Mapping[str, LowRank], file: Path) -> None:
+    """Of Mamba's dt_proj transformers only takes the weight: PEFT's layer on it does nothing.
+
+    Training leaves b at zero then.
+    """
+    for module, u in updates.items():
+        passed_by = module.endswith((".mixer.dt_proj", ".mamba.dt_proj"))
+        if passed_by and u.scale and u.b.raw().any():
+            raise Refused(
+                file,
+                "has no effect in transformers, which passes PEFT's layer by here, and would have"
+                " one in mlx-lm; leave it out with --exclude",
+                tensor=module,
+            )
 
 
 def _check_equal(model_type: str | None, file: Path) -> None:
@@ -146,14 +164,20 @@ def _split(update: LowRank, how: str, first: int) -> list[LowRank]:
 def _stack(members: list[LowRank]) -> LowRank:
     """One update of all experts from one of each; ranks are padded, scales folded into b."""
     rank = max(u.rank for u in members)
-    scale = next((u.scale for u in members if u.scale), 0.0)
-    same = [
-        (u if u.scale == scale else replace(u, b=u.b.times(u.scale / scale))).with_rank(rank)
-        for u in members
-    ]
+    members, scale = _one_scale(members)
+    same = [u.with_rank(rank) for u in members]
     return LowRank(
         stacked([u.a for u in same]), stacked([u.b for u in same]), scale, layout="experts"
     )
+
+
+def _one_scale(updates: list[LowRank]) -> tuple[list[LowRank], float]:
+    """The same updates with one scale; where that needs folding, b is float32, so nothing rounds."""
+    scale = next((u.scale for u in updates if u.scale), 0.0)
+    if all(u.scale == scale for u in updates):
+        return updates, scale
+    folded = [replace(u, b=u.b.to("F32").times(u.scale / scale), scale=scale) for u in updates]
+    return folded, scale
 
 
 def _to_hf(
@@ -186,10 +210,11 @@ def _join(halves: list[LowRank | None], how: str) -> LowRank:
 
     With one a for both (as splitting leaves it) the rank stays; else it is the sum of both.
     """
-    present = [u for u in halves if u is not None]
+    present, scale = _one_scale([u for u in halves if u is not None])
     first = present[0]
+    remaining = iter(present)
+    halves = [None if u is None else next(remaining) for u in halves]
     rows, inner = (1, 2) if first.layout == "experts" else (0, 1)
-    scale = next((u.scale for u in present if u.scale), 0.0)
     shared = len(present) == 2 and _same(present[0].a, present[1].a)
     total = first.rank if shared else sum(u.rank for u in present)
     both = [u.a for u in present]
@@ -201,7 +226,7 @@ def _join(halves: list[LowRank | None], how: str) -> LowRank:
             empty = part(first.b, inner, 0, 0)
             bs.append(resized(empty, inner, total))
             continue
-        b = half.b if half.scale == scale or not scale else half.b.times(half.scale / scale)
+        b = half.b
         if not shared:  # its columns stand behind those of the halves before it
             b = resized(b, inner, before + b.shape[inner], front=True)
             b = resized(b, inner, total)

@@ -49,14 +49,27 @@ def undo(adapter: Adapter, initial: Adapter | None, base: Base | None) -> Adapte
                 )
         else:
             start = _from_base(adapter, module, u, way, base)
-        b0 = (
-            start.b.times(-1.0) if start.scale == u.scale else start.b.times(-start.scale / u.scale)
-        )
-        done[module] = replace(
-            u, a=joined([u.a, start.a.to(u.a.dtype)], 0), b=joined([u.b, b0.to(u.b.dtype)], 1)
-        )
+        done[module] = _less(u, start)
     config = {**adapter.config, "init_lora_weights": True}
     return replace(adapter, updates=done, config=config, origin=None)
+
+
+def _less(u: LowRank, start: LowRank) -> LowRank:
+    """u - start, side by side; in float32 unless both are of one dtype and need no factor.
+
+    B0 A0 is of the size of the base's weight: rounding it to 16 bits would drown the update.
+    """
+    if start.scale == u.scale:
+        a0, b0 = start.a, start.b.times(-1.0)
+    elif u.scale:
+        a0, b0 = start.a.to("F32"), start.b.to("F32").times(-start.scale / u.scale)
+    else:
+        raise Refused(u.a.path, "has scale 0, but was begun with factors", tensor=u.a.name)
+    one = len({t.dtype for t in (u.a, a0, u.b, b0)}) == 1
+    a, b = [u.a, a0], [u.b, b0]
+    if not one:
+        a, b = [t.to("F32") for t in a], [t.to("F32") for t in b]
+    return replace(u, a=joined(a, 0), b=joined(b, 1))
 
 
 def _from_base(adapter: Adapter, module: str, u: LowRank, way: str, base: Base | None) -> LowRank:

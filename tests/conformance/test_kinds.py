@@ -252,3 +252,34 @@ def test_trap_12_bdlora(
     config = peers.lora(["q_proj", "o_proj"], use_bdlora=blocks, lora_dropout=0.0)
     peers.save_peft(tiny("llama").path, tmp_path / "peft", config, zoo.TOKENS)
     carried(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_trap_11_in_half_precision(
+    way: str, tiny: Tiny, convert: Convert, peers: ModuleType, tmp_path: Path
+) -> None:
+    """B0 A0 is as large as the base's weight: rounded to 16 bits it would drown the update."""
+    from peft import get_peft_model
+
+    base = tiny("llama").path
+    torch.manual_seed(0)
+    model = get_peft_model(peers.hf_base(base), peers.lora(["q_proj"], init_lora_weights=way))
+    residual = model.get_submodule(f"base_model.model.{Q}").base_layer.weight.double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "peft")
+    peers.cast_tensors(tmp_path / "peft" / peers.PEFT_WEIGHTS, torch.float16)
+    stored = peers.float64_tensors(tmp_path / "peft" / peers.PEFT_WEIGHTS)
+    stem = f"{peers.PEFT_PREFIX}{Q}"
+    adapted = residual.detach().numpy() + 2.5 * (
+        stored[f"{stem}.lora_B.weight"] @ stored[f"{stem}.lora_A.weight"]
+    )
+    plain = peers.hf_base(base).get_submodule(Q).weight.double().detach().numpy()
+    there = convert(tmp_path / "peft", "mlx", "--base", base)
+    found = peers.mlx_deltas(base, there)[Q]
+    expected = adapted - plain
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < 1e-4, f"{error:.1e}"
