@@ -20,6 +20,8 @@ from loraduct.modules import pattern_of
 from loraduct.tensor import Tensor
 from loraduct.text import printable
 
+# Mamba's, Jamba's and LongCat Flash's
+_PASSED_BY = (".mixer.dt_proj", ".mamba.dt_proj", ".mlp.router.classifier")
 Joined = dict[str, int]  # name of what was made of two updates -> rank of the first
 
 
@@ -60,13 +62,12 @@ def rename(
 
 
 def _check_in_effect(updates: Mapping[str, LowRank], file: Path) -> None:
-    """Of Mamba's dt_proj transformers only takes the weight: PEFT's layer on it does nothing.
+    """Of some layers transformers takes the weight alone: PEFT's layer on them does nothing.
 
-    Training leaves b at zero then.
+    Training leaves b at zero then, which is fine.
     """
     for module, u in updates.items():
-        passed_by = module.endswith((".mixer.dt_proj", ".mamba.dt_proj"))
-        if passed_by and u.scale and u.b.raw().any():
+        if module.endswith(_PASSED_BY) and u.scale and u.b.raw().any():
             raise Refused(
                 file,
                 "has no effect in transformers, which passes PEFT's layer by here, and would have"

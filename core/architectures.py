@@ -46,6 +46,12 @@ class Architecture:
     by_mlx: Mapping[str, Rule]
     blocked: Mapping[str, str]
 
+    @functools.cached_property
+    def renamed_in_files(self) -> frozenset[str]:
+        """Patterns equal on both sides that transformers has by another name in its files."""
+        others = (r for r in self.by_hf.values() if r.hf not in self.equal)
+        return frozenset(name for r in others for name in r.mlx) & self.equal
+
     def rules(self, reverse: bool) -> Mapping[str, Rule]:
         """By transformers' patterns; ``reverse``: by mlx-lm's."""
         return self.by_mlx if reverse else self.by_hf

@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 # name -> (files by which a folder is recognised, what it is); a module is imported when needed
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (
-        ("adapter_model.safetensors", "adapter_model.bin"),
+        ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.safetensors.index.json"),
         "PEFT folder: adapter_config.json + adapter_model.safetensors (.bin: read only)",
     ),
     "mlx": (

@@ -12,7 +12,7 @@ from loraduct.adapter import Adapter
 from loraduct.architectures import table
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.json_file import read_object
-from loraduct.formats.safetensors_file import read_header
+from loraduct.formats.safetensors_file import read_header, read_index
 from loraduct.modules import block_of, kind_of_module, pattern_of
 from loraduct.tensor import FLOATS, UNIT_ROUNDOFF, Tensor, as_float32
 from loraduct.text import printable
@@ -85,17 +85,8 @@ class Base:
         """All weights by name, lazily."""
         index = self.path / "model.safetensors.index.json"
         if index.exists():
-            weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(v, str) for v in weight_map.values()
-            ):
-                raise Refused(index, "weight_map must map tensor names to file names")
-            names = sorted(set(weight_map.values()))
-            if any(Path(n).name != n for n in names):
-                raise Refused(index, "names files outside the folder")
-            files = [self.path / n for n in names]
-        else:
-            files = sorted(self.path.glob("model*.safetensors"))
+            return read_index(index)[0]
+        files = sorted(self.path.glob("model*.safetensors"))
         if not files:
             raise Refused(self.path, "holds no model*.safetensors; a base with weights is expected")
         found: dict[str, Tensor] = {}
@@ -216,8 +207,8 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
         pattern = pattern_of(module)
         twofold = (
             known is not None
-            and pattern not in known.equal
             and (pattern in known.by_hf or pattern in known.by_mlx)
+            and (pattern not in known.equal or pattern in known.renamed_in_files)
         )
         head = kind_of_module(module) == "output head"
         if shape is None and alike_named and not twofold and not head:

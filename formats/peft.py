@@ -24,11 +24,12 @@ from loraduct.formats.peft_keys import sorted_by_module
 from loraduct.formats.peft_lora import low_rank
 from loraduct.formats.peft_notes import notes_on
 from loraduct.formats.peft_variants import expanded
-from loraduct.formats.safetensors_file import check_floats, read_header
+from loraduct.formats.safetensors_file import check_floats, read_header, read_index
 from loraduct.modules import block_of, kind_of_module
 from loraduct.tensor import Tensor, same
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+INDEX = f"{WEIGHTS}.index.json"  # of shards, as transformers saves large adapters
 _TOKENS = ["token_adapter", "trainable_tokens_delta"]
 
 
@@ -87,7 +88,9 @@ def read_weights(
     folder: Path, options: ReadOptions
 ) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     weights = options.weights or folder / WEIGHTS
-    pickle = folder / PICKLE
+    pickle, index = folder / PICKLE, folder / INDEX
+    if options.weights is None and not weights.exists() and index.exists():
+        return index, *read_index(index)
     if weights.exists() or weights.is_symlink() or not pickle.exists():
         return weights, *read_header(weights)
     if not options.allow_pickle:

@@ -21,6 +21,19 @@ from loraduct.tensor import Tensor
 from loraduct.text import several
 
 METADATA = {"format": "pt"}
+# What PEFT 0.21 can't adapt, by model type: names of linear layers, and why.
+_OUT_PROJ = "PEFT refuses to load an adapter of it"  # tuners/tuners_utils.py
+_PASSED_BY = "transformers takes its weight and passes PEFT's layer by, so that it has no effect"
+_UNADAPTABLE: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), {"out_proj": _OUT_PROJ, "dt_proj": _PASSED_BY}),
+    **dict.fromkeys(("mamba2", "nemotron_h", "falcon_h1"), {"out_proj": _OUT_PROJ}),
+    "jamba": {"dt_proj": _PASSED_BY},
+    "longcat_flash": {"router.classifier": _PASSED_BY},
+    "laguna": dict.fromkeys(
+        (f"shared_experts.{p}_proj" for p in ("gate", "up", "down")),
+        "PEFT can save an adapter of it, and finds nothing in the file when it loads it",
+    ),
+}
 _KEYS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
@@ -234,10 +247,19 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
 
 
 def reachable(adapter: Adapter) -> Adapter:
-    """Linear layers whose names PEFT takes for something else, as weights of their modules."""
+    """Linear layers whose names PEFT takes for something else, as weights of their modules.
+
+    Raises Refused for those it can't adapt at all.
+    """
     taken = peft_config.TAKEN_FOR_EXPERTS.get(adapter.model_type or "", ())
     done: dict[str, Update] = dict(adapter.updates)
     for module, u in adapter.low_rank.items():
+        for name, why in _UNADAPTABLE.get(adapter.model_type or "", {}).items():
+            if module.endswith(f".{name}"):
+                what = f"can't be adapted in a {adapter.model_type} model by PEFT 0.21: {why}"
+                raise Refused(
+                    adapter.weights, f"{what}; leave it out with --exclude", tensor=module
+                )
         if u.layout == "linear" and module.rpartition(".")[2] in taken:
             if u.magnitude is not None:
                 raise Refused(

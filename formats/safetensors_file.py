@@ -16,7 +16,7 @@ from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.files import Source
-from loraduct.formats.json_file import parse_object
+from loraduct.formats.json_file import parse_object, read_object
 from loraduct.tensor import BITS, Loss, Tensor
 from loraduct.text import printable
 
@@ -89,6 +89,32 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{what}: the header describes {begin + end:,} bytes, the file has {source.size:,}",
         )
     return tensors, metadata
+
+
+def read_index(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file in shards, by its ``*.safetensors.index.json``.
+
+    Raises Refused when the index names files outside its folder, or not exactly their tensors.
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise Refused(index, "weight_map must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    if any(Path(n).name != n for n in names):
+        raise Refused(index, "names files outside the folder")
+    found: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name in names:
+        tensors, texts = read_header(index.with_name(name))
+        for tensor in tensors:
+            if weight_map.get(tensor) != name:
+                raise Refused(index.with_name(name), f"is not in {index.name}", tensor=tensor)
+        found |= tensors
+        metadata |= texts
+    for tensor in weight_map:
+        if tensor not in found:
+            raise Refused(index, f"is not in {weight_map[tensor]}", tensor=tensor)
+    return found, metadata
 
 
 def _entry(

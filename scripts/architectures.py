@@ -62,6 +62,7 @@ VISION = "mlx-lm has only the language part of the model"
 ABSENT = "mlx-lm has no such module"
 ZERO = "it has rows for experts without weights (zero experts), which mlx-lm leaves out"
 SCALED = "mlx-lm multiplies its weight by numbers of the base's config, and not the update"
+TURNED = "PEFT takes its inputs for outputs: transformers does not tell that it is transposed"
 VARIES = (
     "its counterpart in mlx-lm depends on the base's config (not the same with and without experts)"
 )
@@ -161,6 +162,16 @@ def rule_of(pattern: str, found: set[Fact | str]) -> Rule | str:
     return [pattern, names[0], how, *transposed]
 
 
+def transposed(found: set[Fact | str]) -> bool:
+    """Whether the transformers weight is (in, out)."""
+    return any(isinstance(f, Fact) and f.transposed for f in found)
+
+
+def untold(pattern: str, source: Source) -> bool:
+    """Whether PEFT does not know of a parameter of experts that it is (in, out)."""
+    return ".experts." in pattern and pattern not in source.told
+
+
 def absent(path: str) -> str:
     """Why a module of transformers has nothing to correspond to."""
     if re.search(r"visi|visual|projector|image", path):
@@ -221,7 +232,10 @@ def _rules(source: Source, target: Target, marks: Entry) -> Iterator[tuple[str, 
             if kind != "parameter" or ".experts." in pattern:
                 yield pattern, rule
             continue
-        if any(isinstance(f, Fact) and f.transposed for f in found) and rule[2] != "rows":
+        if transposed(found) and rule[2] != "rows":
+            if untold(pattern, source):
+                yield pattern, TURNED
+                continue
             marks["conv1d" if kind == "conv1d" else "experts_transposed"] = True
         if kind == "bare":
             marks.setdefault("router", pattern)
@@ -236,7 +250,8 @@ def _rules(source: Source, target: Target, marks: Entry) -> Iterator[tuple[str, 
     for pattern, found in sorted(facts(saved, target).items()):
         rule = rule_of(pattern, found)
         if pattern not in live and isinstance(rule, list):
-            yield pattern, rule
+            turned = transposed(found) and rule[2] != "rows" and untold(pattern, source)
+            yield pattern, TURNED if turned else rule
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class Source:
     config: Config
     live: dict[str, Array] = field(default_factory=dict)  # by module path, or parameter's path
     kinds: dict[str, str] = field(default_factory=dict)  # its class, or "parameter"
+    told: set[str] = field(default_factory=set)  # of parameters: those PEFT is told are (in, out)
     saved: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
@@ -92,6 +93,8 @@ def transformers_side(model_class: Any, config: Any, tiny: Tiny) -> Source:
             path = parent if leaf == "weight" else name
             source.live[path] = tags
             source.kinds[path] = kind_of(modules[parent]) if leaf == "weight" else "parameter"
+            if getattr(modules[parent], "is_transposed", False):
+                source.told.add(pattern_of(path))
     if tag > LIMIT:
         raise ValueError(f"{tag} numbers are too many for unique tags in float32")
     with tempfile.TemporaryDirectory() as folder:

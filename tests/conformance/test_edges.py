@@ -6,6 +6,7 @@ little, a copy taken for an update, or a scale undone in only one place shows in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -120,7 +121,7 @@ def test_a_last_name_that_stands_twice_in_a_block(
     save_file(tensors, folder / peers.MLX_WEIGHTS)
     config = {"fine_tune_type": "lora", "num_layers": 1}
     config["lora_parameters"] = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["attn.c_proj"]}  # type: ignore[assignment]
-    (folder / peers.CONFIG).write_text(__import__("json").dumps(config))
+    (folder / peers.CONFIG).write_text(json.dumps(config))
     done = run("convert", folder, "--to", "peft", "-o", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     assert peers.read_json(tmp_path / "out" / peers.CONFIG)["target_modules"] == ["attn.c_proj"]
@@ -332,3 +333,28 @@ def test_conv1d_with_its_base(
     adapter = peers.lora(["c_attn"], fan_in_fan_out=True)
     peers.save_peft(tmp_path / "base", tmp_path / "peft", adapter, zoo.TOKENS)
     convert(tmp_path / "peft", "peft", "--base", tmp_path / "base")
+
+
+def test_shards_and_their_index(
+    train: Train, convert: Convert, attempt: Callable[..., Any], peers: ModuleType
+) -> None:
+    """Large adapters come in shards; the index must name exactly the tensors there are."""
+    source = train(["q_proj", "v_proj"])
+    whole = source / peers.PEFT_WEIGHTS
+    expected = convert(source, "mlx")
+    tensors = peers.load_file(whole)
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"adapter_model-0000{i}-of-00002.safetensors"
+        peers.rewrite_tensors(source / shard, {n: tensors[n] for n in part})
+        weight_map |= dict.fromkeys(part, shard)
+    whole.unlink()
+    index = source / f"{peers.PEFT_WEIGHTS}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    found = convert(source, "mlx")
+    assert not peers.changed_tensors(expected / peers.MLX_WEIGHTS, found / peers.MLX_WEIGHTS)
+    index.write_text(json.dumps({"weight_map": {n: weight_map[n] for n in names[1:]}}))
+    outcome = attempt(source, "mlx")
+    assert outcome.code == 1
+    assert names[0] in outcome.err
