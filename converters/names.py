@@ -51,7 +51,8 @@ def rename(
         to_new, note = renamer(updates, model_type, file, name_map, reverse=reverse)
         done |= {to_new(m): u for m, u in updates.items()}
     else:
-        rules, note = rules_for(updates, model_type, file, reverse=reverse)
+        blocks = (adapter.origin or {}).get("blocks")
+        rules, note = rules_for(updates, model_type, file, reverse=reverse, blocks=blocks)
         if reverse:
             made, joined = _to_hf(updates, rules, adapter.weights)
         else:

@@ -46,6 +46,14 @@ class Architecture:
     by_mlx: Mapping[str, Rule]
     blocked: Mapping[str, str]
 
+    def by_mlx_within(self, blocks: str) -> Mapping[str, Rule]:
+        """by_mlx, but of several transformers' names the one within these blocks, if there is one.
+
+        Models that are loaded with or without their vision part have two names for one layer.
+        """
+        there = (r for r in self.by_hf.values() if r.hf.startswith(f"{blocks}."))
+        return {**self.by_mlx, **{m: r for r in there if r.how != "stack" for m in r.mlx}}
+
     @functools.cached_property
     def renamed_in_files(self) -> frozenset[str]:
         """Patterns equal on both sides that transformers has by another name in its files."""
@@ -96,9 +104,16 @@ def siblings(modules: Iterable[str]) -> set[str]:
 
 
 def rules_for(
-    modules: Iterable[str], model_type: str | None, file: Path, *, reverse: bool = False
+    modules: Iterable[str],
+    model_type: str | None,
+    file: Path,
+    *,
+    reverse: bool = False,
+    blocks: str | None = None,
 ) -> tuple[dict[str, Rule], str | None]:
     """The rule of each module's pattern, transformers -> mlx-lm (``reverse``: back), and a note.
+
+    ``blocks``: on the way back, where the layers were before (see `by_mlx_within`).
 
     Raises Refused naming the first module that has no verified counterpart. Without a model_type,
     all architectures that have all the modules must agree.
@@ -113,6 +128,8 @@ def rules_for(
                 " transformers and mlx-lm; give the names with --name-map FILE",
             )
         rules = known[model_type].rules(reverse)
+        if reverse and blocks:
+            rules = known[model_type].by_mlx_within(blocks)
         for pattern, module in patterns.items():
             if pattern not in rules:
                 raise Refused(file, _missing(pattern, [model_type]), tensor=module)

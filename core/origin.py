@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank, Update
+from loraduct.modules import block_of
 from loraduct.tensor import FLOATS
 from loraduct.version import __version__
 
@@ -66,6 +67,9 @@ def record(
         value["modules"] = changed
     if joined:
         value["joined"] = dict(joined)
+    blocks = next((b[0] for m in source.low_rank if (b := block_of(m))), None)
+    if source.naming == "hf" and blocks:
+        value["blocks"] = blocks
     if kin or source.base.kin:
         value["kin"] = kin or source.base.kin
     if source.base.quantization_known:
@@ -88,6 +92,7 @@ def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         and isinstance(value.get("trained_on", ""), str)
         and isinstance(value.get("modules", {}), dict)
         and all(_is_change(c) for c in value.get("modules", {}).values())
+        and isinstance(value.get("blocks", ""), str)
         and isinstance(value.get("joined", {}), dict)
         and all(type(r) is int and r > 0 for r in value.get("joined", {}).values())
     )

@@ -25,8 +25,8 @@ METADATA = {"format": "pt"}
 _OUT_PROJ = "PEFT refuses to load an adapter of it"  # tuners/tuners_utils.py
 _PASSED_BY = "transformers takes its weight and passes PEFT's layer by, so that it has no effect"
 _UNADAPTABLE: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("mamba", "falcon_mamba"), {"out_proj": _OUT_PROJ, "dt_proj": _PASSED_BY}),
-    **dict.fromkeys(("mamba2", "nemotron_h", "falcon_h1"), {"out_proj": _OUT_PROJ}),
+    **{m: {"out_proj": _OUT_PROJ, "dt_proj": _PASSED_BY} for m in ("mamba", "falcon_mamba")},
+    **{m: {"out_proj": _OUT_PROJ} for m in ("mamba2", "nemotron_h", "falcon_h1")},
     "jamba": {"dt_proj": _PASSED_BY},
     "longcat_flash": {"router.classifier": _PASSED_BY},
     "laguna": dict.fromkeys(

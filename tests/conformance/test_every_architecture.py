@@ -63,7 +63,7 @@ TAKEN = {
             "qwen3_next",
             "solar_open",
         ),
-        {"gate", "gate_proj", "up_proj", "down_proj"},
+        frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
     ),
 }
 
