@@ -51,8 +51,9 @@ class Architecture:
 
         Models that are loaded with or without their vision part have two names for one layer.
         """
-        there = (r for r in self.by_hf.values() if r.hf.startswith(f"{blocks}."))
-        return {**self.by_mlx, **{m: r for r in there if r.how != "stack" for m in r.mlx}}
+        there = [r for r in self.by_hf.values() if r.hf.startswith(f"{blocks}.")]
+        # backwards: the first one listed is transformers' live name
+        return {**self.by_mlx, **{m: r for r in there[::-1] if r.how != "stack" for m in r.mlx}}
 
     @functools.cached_property
     def renamed_in_files(self) -> frozenset[str]:
