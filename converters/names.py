@@ -17,7 +17,7 @@ from loraduct.architectures import Rule, renamed, renamer, rules_for, table
 from loraduct.computed import joined, moved, part, resized, stacked
 from loraduct.errors import Refused
 from loraduct.modules import pattern_of
-from loraduct.tensor import Tensor
+from loraduct.tensor import Tensor, same
 from loraduct.text import printable
 
 # Mamba's, Jamba's and LongCat Flash's
@@ -217,7 +217,7 @@ def _join(halves: list[LowRank | None], how: str) -> LowRank:
     remaining = iter(present)
     halves = [None if u is None else next(remaining) for u in halves]
     rows, inner = (1, 2) if first.layout == "experts" else (0, 1)
-    shared = len(present) == 2 and _same(present[0].a, present[1].a)
+    shared = len(present) == 2 and same(present[0].a, present[1].a)
     total = first.rank if shared else sum(u.rank for u in present)
     both = [u.a for u in present]
     a = moved(first.a.shape, both, lambda one, _: one) if shared else joined(both, inner - 1)
@@ -235,10 +235,3 @@ def _join(halves: list[LowRank | None], how: str) -> LowRank:
             before += half.rank
         bs.append(b)
     return replace(first, a=a, b=joined(bs, rows, interleaved=how == "interleaved"), scale=scale)
-
-
-def _same(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors hold the same bytes."""
-    if (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    return bool((one.raw() == two.raw()).all())

@@ -111,17 +111,6 @@ class Tensor:
         return math.prod(self.stored_shape) * BITS[self.stored_dtype] // 8
 
     @property
-    def verbatim(self) -> bool:
-        """Whether the result is the stored bytes as they are."""
-        return (
-            self.make is None
-            and not self.transposed
-            and self.factor == 1.0
-            and self.size in (None, self.stored_shape)
-            and self.dtype == self.stored_dtype
-        )
-
-    @property
     def rounds(self) -> bool:
         """Whether making the result may round values."""
         narrower = UNIT_ROUNDOFF.get(self.dtype, 0) > UNIT_ROUNDOFF.get(self.stored_dtype, 0)

@@ -258,9 +258,7 @@ def _differs_from_base(copy: Tensor, base: Base, file: Path) -> Refused | None:
     import numpy as np
 
     name = copy.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    own = base.tensors.get(name)
-    if own is None and base.tied and kind_of_module(name.rpartition(".")[0]) == "output head":
-        own = next((t for n, t in base.tensors.items() if n.endswith("embed_tokens.weight")), None)
+    own = base.weight_of(name)
     if own is None or own.stored_dtype not in FLOATS:
         return None
     bound = 2 * max(UNIT_ROUNDOFF[copy.stored_dtype], UNIT_ROUNDOFF[own.stored_dtype])
