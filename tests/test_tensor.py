@@ -143,3 +143,19 @@ def test_a_file_cut_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"short")
     with pytest.raises(Refused, match="ended while it was read"):
         result(tensor)
+
+
+def test_matrices_that_differ_are_not_the_same(tmp_path: Path) -> None:
+    """Streams of two tensors share buffers: compared side by side, all would be equal."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from loraduct.formats.safetensors_file import read_header
+    from loraduct.tensor import same
+
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    save_file({"a": values, "b": values + 1, "c": values.copy()}, tmp_path / "t.safetensors")
+    tensors, _ = read_header(tmp_path / "t.safetensors")
+    assert not same(tensors["a"], tensors["b"])
+    assert not same(tensors["a"].T, tensors["b"].T)
+    assert same(tensors["a"], tensors["c"])
