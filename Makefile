@@ -48,7 +48,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)" >&2
 	@$(PIP) setuptools
-	@$(PIP) --no-build-isolation -e '.[torch,mlx,test,check]' --config-settings editable_mode=strict
+	@$(PIP) --no-build-isolation -e '.[torch,mlx,coreml,test,check]' --config-settings editable_mode=strict
 	@rm -f $(VENV)/.linked-*; touch $@
 
 $(LINKED): $(PACKAGES)

@@ -1,0 +1,1 @@
+"""Core ML packages: layout, weight file, program."""
