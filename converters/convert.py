@@ -18,16 +18,19 @@ from typing import Any
 from loraduct import origin
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
-from loraduct.converters import names
+from loraduct.converters import names, tied
 from loraduct.converters.approximate import EXACT, Wanted, approximate
 from loraduct.converters.start import undo
 from loraduct.errors import Refused
-from loraduct.formats import mlx_writer, peft_writer
-from loraduct.formats.base import Base, differences, wrong_experts
+from loraduct.formats import mlx_writer, packed, peft_writer
+from loraduct.formats.base import Base, differences, uncompared
+from loraduct.formats.experts import wrong_experts
 from loraduct.formats.folder import METADATA, Folder, model_card
+from loraduct.formats.peft_keys import PREFIX
+from loraduct.formats.safetensors_file import ordered
 from loraduct.modules import kind_of_module
-from loraduct.tensor import UNIT_ROUNDOFF, is_exact
-from loraduct.text import printable
+from loraduct.tensor import UNIT_ROUNDOFF, Tensor, is_exact
+from loraduct.text import printable, several
 
 NAMING = {"peft": "hf", "mlx": "mlx"}
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -38,6 +41,7 @@ class Options:
     """What a conversion may be told. ``include``/``exclude``: regexes on module names.
 
     ``wanted``: how near updates of full rank are to be approximated, where that is allowed.
+    ``untied_base``: write for a copy of the base, there, whose head has a weight of its own.
     """
 
     to: str
@@ -51,6 +55,7 @@ class Options:
     wanted: Wanted = EXACT
     initial: Adapter | None = None
     always_on: bool = False
+    untied_base: Path | None = None
 
 
 def convert(adapter: Adapter, options: Options) -> Folder:
@@ -83,14 +88,19 @@ def convert(adapter: Adapter, options: Options) -> Folder:
         selected = narrow(
             selected, {n: u for n, u in adapter.updates.items() if n not in selected.updates}
         )
-    named, joined, note = _rename(selected, options)
+    settled = tied.Settled(selected)
+    if options.to == "mlx" and selected.naming == "hf":
+        settled = tied.settle(
+            selected, base, allowed=options.wanted.allowed, untied=options.untied_base is not None
+        )
+    named, joined, note = _rename(settled.adapter, options)
     if base is not None:
-        for problem in wrong_experts(named, base):
+        problems = wrong_experts(named if options.to == "mlx" else settled.adapter, base)
+        problems += packed.unfit(named, base) if options.to == "mlx" else []
+        for problem in problems:
             raise problem
-    if options.to == "mlx":
-        _check_tied(named, base)
-    elif adapter.naming == "mlx":
-        named = peft_writer.reachable(_untie(named, base))
+    if options.to != "mlx" and adapter.naming == "mlx":
+        named = peft_writer.reachable(untie(named, base))
     plain = named.updates
     if (options.to == "mlx" or options.uniform) and named.low_rank:
         if options.to == "mlx" and adapter.method != "full":
@@ -104,7 +114,10 @@ def convert(adapter: Adapter, options: Options) -> Folder:
     tensors, config, account = layout(named)
     account.residuals = residuals
     account.drop(dropped)
-    account.set_aside(adapter.set_aside)
+    copies = _copies(adapter, named, base, options.to, account)
+    tensors = ordered({**tensors, **{t.name: t for t in copies}}) if copies else tensors
+    account.set_aside(settled.copies)
+    account.sides = settled.sides
     account.check_complete(adapter.tensors())
     if adapter.format == options.to and "config" in account.fields:
         account.fields["config"] = _changes(adapter.config, config)
@@ -117,10 +130,14 @@ def convert(adapter: Adapter, options: Options) -> Folder:
             "DoRA magnitudes stay F32: rounding them would move the base's own weight"
         )
     account.notes += [n.text for n in adapter.notes]
+    if options.to == "mlx" and base is None:
+        account.notes += [n.text for n in packed.hints(adapter)]
     _account_fields(adapter, account)
     texts = {k: v for k, v in adapter.metadata.items() if k not in ("format", origin.KEY)}
     kin = base.kin if base is not None and base.has_weights else None
-    record = origin.record(selected, plain, named.updates, joined, kin)
+    if options.untied_base is not None:  # as mlx-lm writes it: what was given
+        config = {**config, "model": str(options.untied_base)}
+    record = origin.record(selected, plain, named.updates, joined, kin, _ties(named, options))
     return Folder(
         format=options.to,
         tensors=tensors,
@@ -160,46 +177,31 @@ def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, int]
     return names.rename(
         adapter,
         NAMING[options.to],
-        base.model_type if base else None,
+        base.architecture if base else None,
         options.name_map_file or file,
         options.name_map,
     )
 
 
-def _check_tied(adapter: Adapter, base: Base | None) -> None:
-    """A tied head and embedding are one module in mlx-lm: its LoRA moves both, PEFT's only one."""
-    for module, u in adapter.low_rank.items():
-        kind = kind_of_module(module)
-        if kind not in ("output head", "embedding"):
-            continue
-        if base is None:
-            raise Refused(
-                adapter.weights,
-                f"adapts the {kind}: whether the base ties it decides; give --base BASE",
-                tensor=u.a.name,
-            )
-        if base.tied is not False:
-            does = {
-                "output head": "has no module for it and would ignore it",
-                "embedding": "would move the head with it",
-            }
-            raise Refused(
-                adapter.weights,
-                f"adapts the {kind}, which this base ties (tie_word_embeddings): mlx-lm {does[kind]};"
-                f" leave it out with --exclude {module.rsplit('.', 1)[-1]}",
-                tensor=u.a.name,
-            )
+def _ties(written: Adapter, options: Options) -> bool | None:
+    """Whether an MLX adapter is meant for a tied base; None where its meaning doesn't hang on it."""
+    kinds = {kind_of_module(m) for m in written.low_rank}
+    if options.to != "mlx" or not kinds & {"embedding", "output head"}:
+        return None
+    if options.untied_base is not None:
+        return False
+    return written.base.tied if options.base is None else options.base.tied
 
 
-def _untie(adapter: Adapter, base: Base | None) -> Adapter:
+def untie(adapter: Adapter, base: Base | None) -> Adapter:
     """mlx-lm's LoRA on a tied embedding, for PEFT: on the embedding and, transposed, on the head.
 
     dW of the embedding is (tokens, dim) = scale * (b @ a).T, and the head's weight is the same
     matrix: its factors are a' = b.T and b' = a.T.
     """
     done = dict(adapter.updates)
-    for u in adapter.low_rank.values():
-        if u.layout != "embedding":
+    for module, u in adapter.low_rank.items():
+        if u.layout != "embedding" or kind_of_module(module) != "embedding":
             continue
         if base is None or base.tied is None:
             what = "adapts the embedding: whether the base ties it decides; give --base BASE"
@@ -260,6 +262,30 @@ def _cast(adapter: Adapter, dtype: str) -> dict[str, Update]:
         bias = u.bias.to(dtype) if u.bias is not None else None
         done[name] = replace(u, a=u.a.to(dtype), b=u.b.to(dtype), magnitude=magnitude, bias=bias)
     return done
+
+
+def _copies(
+    adapter: Adapter, made: Adapter, base: Base | None, to: str, account: Account
+) -> list[Tensor]:
+    """Copies of the base's own weights: left out, but kept for PEFT where none was compared.
+
+    PEFT loads them over the base's, so that one that differs is part of what the adapter does.
+    """
+    unsure = uncompared(adapter, base)
+    kept = [t for t in unsure if to == "peft" and _of_module(t) in made.low_rank]
+    for tensor in kept:
+        account.carry(tensor.name, tensor)
+    account.set_aside(t for t in adapter.set_aside if t not in kept)
+    if unsure and to == "mlx":
+        account.notes.append(
+            f"{several([t.name for t in unsure])}: taken for a copy of the base's own weight and left"
+            " out; a --base with weights would be compared with it"
+        )
+    return kept
+
+
+def _of_module(copy: Tensor) -> str:
+    return copy.name.removeprefix(PREFIX).removesuffix(".base_layer.weight")
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

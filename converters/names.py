@@ -14,8 +14,9 @@ from pathlib import Path
 
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.architectures import Rule, renamed, renamer, rules_for, table
-from loraduct.computed import joined, moved, part, resized, stacked
+from loraduct.computed import joined, moved, part, reshaped, resized, stacked
 from loraduct.errors import Refused
+from loraduct.formats import mlx_lists
 from loraduct.modules import pattern_of
 from loraduct.tensor import Tensor, same
 from loraduct.text import printable
@@ -51,8 +52,11 @@ def rename(
         to_new, note = renamer(updates, model_type, file, name_map, reverse=reverse)
         done |= {to_new(m): u for m, u in updates.items()}
     else:
+        if reverse:
+            _check_in_one(updates, adapter.weights)
         blocks = (adapter.origin or {}).get("blocks")
         rules, note = rules_for(updates, model_type, file, reverse=reverse, blocks=blocks)
+        _check_turned(updates, rules, model_type, adapter.weights)
         if reverse:
             made, joined = _to_hf(updates, rules, adapter.weights)
         else:
@@ -75,6 +79,34 @@ def _check_in_effect(updates: Mapping[str, LowRank], file: Path) -> None:
                 " one in mlx-lm; leave it out with --exclude",
                 tensor=module,
             )
+
+
+def _check_turned(
+    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], model_type: str | None, file: Path
+) -> None:
+    """Which way round such factors are is checked against the base's width (`formats.experts`)."""
+    for module, u in updates.items():
+        if not rules[pattern_of(module)].turned:
+            continue
+        if model_type is None:
+            what = "are experts whose factors PEFT has the other way round; give --base BASE"
+            raise Refused(file, what, tensor=module)
+        if u.layout != "experts":
+            what = "is no update of several experts, each with factors of its own, as the base has them"
+            raise Refused(file, what, tensor=u.a.name)
+
+
+def _check_in_one(updates: Mapping[str, LowRank], file: Path) -> None:
+    """Layers that have their factors in parts are Apple's model's, which transformers doesn't have."""
+    for layer, there in mlx_lists.parts(updates).items():
+        first = f"{layer}[{there[0]}]"
+        raise Refused(
+            file,
+            f"is a part of {printable(layer)}, a fused layer of Apple's model in mlx-lm (afm7), which"
+            f" transformers doesn't have; give the parts' names there ({printable(first)}) with"
+            " --name-map FILE",
+            tensor=updates[first].a.name,
+        )
 
 
 def _check_equal(model_type: str | None, file: Path) -> None:
@@ -108,6 +140,7 @@ def _to_mlx(
             continue
         if rule.how == "rows":
             raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
+        update = _turned(update) if rule.turned else update
         made = [update] if rule.how == "same" else _split(update, rule.how, joined.get(module, 0))
         for name, one in zip(names, made, strict=True):
             _put(
@@ -163,6 +196,12 @@ def _split(update: LowRank, how: str, first: int) -> list[LowRank]:
     ]
 
 
+def _turned(update: LowRank) -> LowRank:
+    """Of the transposed weight of every expert: (b @ a).T is a.T @ b.T."""
+    a, b = (reshaped(t, *t.shape, axes=(0, 2, 1)) for t in (update.b, update.a))
+    return replace(update, a=a, b=b)
+
+
 def _stack(members: list[LowRank]) -> LowRank:
     """One update of all experts from one of each; ranks are padded, scales folded into b."""
     rank = max(u.rank for u in members)
@@ -196,12 +235,15 @@ def _to_hf(
             joins.setdefault(name, (rule, {}))[1][rule.mlx.index(pattern)] = module
         elif rule.how == "same":
             one = replace(update, layout="weight") if rule.router else update
+            one = _turned(one) if rule.turned else one
             _put(done, name, one, file, module)
         else:
             raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
     for name, (rule, found) in joins.items():
         halves = [updates[found[i]] if i in found else None for i in range(2)]
-        _put(done, name, _join(halves, rule.how), file, next(iter(found.values())))
+        one = _join(halves, rule.how)
+        one = _turned(one) if rule.turned else one
+        _put(done, name, one, file, next(iter(found.values())))
         if len(found) == 2 and done[name].rank > updates[found[0]].rank:
             ranks[name] = updates[found[0]].rank
     return done, ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loraduct.tensor import UNIT_ROUNDOFF, Loss, Tensor
@@ -36,6 +36,29 @@ class Entry:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class OtherSide:
+    """A side of a tied embedding that is moved otherwise than in the source.
+
+    ``norm`` is that difference's Frobenius norm, ``relative`` that over the base's weight's.
+    """
+
+    module: str
+    side: str
+    what: str
+    norm: float
+    relative: float | None
+
+    def line(self) -> str:
+        """For people."""
+        share = (
+            "the base's weight was not there to compare with"
+            if self.relative is None
+            else f"{self.relative:.2e} of the base's weight"
+        )
+        return f"{printable(self.module)}: the {self.side} {self.what}: {self.norm:.4g} ({share})"
+
+
 @dataclass
 class Account:
     """Entries of one conversion; ``losses`` are filled in while the output is written."""
@@ -45,6 +68,7 @@ class Account:
     notes: list[str] = field(default_factory=list)
     losses: dict[str, Loss] = field(default_factory=dict)
     residuals: dict[str, float] = field(default_factory=dict)  # module -> share of the norm lost
+    sides: tuple[OtherSide, ...] = ()  # of tied embeddings, approximated
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes, of what was written
 
     def carry(self, target: str, tensor: Tensor) -> None:
@@ -120,6 +144,7 @@ class Account:
                 f"        {len(self.residuals)} updates of full rank approximated; largest"
                 f" residual: {hurt[1]:.2e} of the norm, in {printable(hurt[0])}"
             )
+        out += [f"        approximated: {side.line()}" for side in self.sides]
         width = max((len(k) for k in self.fields), default=0)
         out += [f"  {k.ljust(width)}  {printable(v, 160)}" for k, v in self.fields.items()]
         out += [f"  note: {printable(n, 400)}" for n in self.notes]
@@ -143,5 +168,6 @@ class Account:
             "notes": self.notes,
             "largest_relative_error": worst[1] if worst else 0.0,
             "residuals": self.residuals,
+            "tied": [asdict(side) for side in self.sides],
             "files": self.files,
         }

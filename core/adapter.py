@@ -114,6 +114,7 @@ class BaseRef:
     quantization: str | None = None  # "4-bit bitsandbytes", ...; None: none known
     quantization_known: bool = False
     kin: str | None = None  # sampled weights, see loraduct.formats.base
+    tied: bool | None = None  # whether its head is tied, where the adapter's meaning hangs on it
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,18 +28,24 @@ class Rule:
     ``how``: ``same`` (only the name differs), ``halves`` (the first half of the output rows is
     mlx[0], the second mlx[1]), ``interleaved`` (even rows, odd rows), ``stack`` (hf has one module
     an expert, its last index), ``rows`` (mlx has one module an expert). ``router``: a bare
-    parameter in transformers 5, where mlx-lm has a linear layer.
+    parameter in transformers 5, where mlx-lm has a linear layer. ``turned``: PEFT's factors belong to
+    the transposed weight, as transformers does not tell it that the parameter is (in, out).
     """
 
     hf: str
     mlx: tuple[str, ...]
     how: str = "same"
     router: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of one model_type: rules by pattern from either side, and what is blocked."""
+    """What is known of one model_type: rules by pattern from either side, and what is blocked.
+
+    Of a type whose names in mlx-lm depend on whether there are experts, the model without them is an
+    entry of its own (`without_experts`).
+    """
 
     equal: frozenset[str]
     by_hf: Mapping[str, Rule]
@@ -77,13 +83,20 @@ def _architecture(entry: Mapping[str, Any], sets: Mapping[str, list[str]]) -> Ar
     equal = frozenset(sets.get(entry.get("equal", ""), ()))
     router = entry.get("router")
     rules = [Rule(p, (p,), "same", p == router) for p in sorted(equal)]
-    for hf, mlx, how, *_ in entry.get("rules", []):
-        rules.append(Rule(hf, (mlx,) if isinstance(mlx, str) else tuple(mlx), how, hf == router))
+    for hf, mlx, how, *marks in entry.get("rules", []):
+        names = (mlx,) if isinstance(mlx, str) else tuple(mlx)
+        rules.append(Rule(hf, names, how, hf == router, "turned" in marks))
     by_mlx: dict[str, Rule] = {}
     for rule in rules:
         for name in rule.mlx if rule.how != "stack" else ():
             by_mlx.setdefault(name, rule)  # the first one listed is transformers' live name
     return Architecture(equal, {r.hf: r for r in rules}, by_mlx, entry.get("blocked", {}))
+
+
+def without_experts(model_type: str) -> str | None:
+    """The entry of this type's models without experts; None where it is the type's own."""
+    name = f"{model_type} without experts"
+    return name if name in table() else None
 
 
 def siblings(modules: Iterable[str]) -> set[str]:
@@ -149,6 +162,10 @@ def rules_for(
     if equal:  # by far the most common: taken as such, and said where others differ
         chosen = known[equal[0]].rules(reverse)
         differ = [m for m in fitting if m not in equal]
+        for variant in {without_experts(m) for m in equal} & {*differ}:
+            odd = next(p for p in patterns if known[variant].rules(reverse)[p] != chosen[p])
+            what = f"is another module of mlx-lm in a {variant}; give --base BASE"
+            raise Refused(file, what, tensor=patterns[odd])
         note = (
             "the base's architecture is not known, so module names are taken as equal (they differ"
             f" in {several(differ)}); --base BASE makes sure"

@@ -43,7 +43,14 @@ _FEED_FORWARD = (
     "proj_2",
 )
 _HEADS = ("lm_head", "embed_out", "output", "score", "classifier")
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings")
+_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "tok_embeddings",
+    "word_embeddings",
+    "embeddings",  # Mamba's, Nemotron H's
+)
 KINDS = (
     "attention matrices",
     "attention projection",
@@ -59,7 +66,7 @@ KINDS = (
 def kind_of_module(module: str) -> str:
     """One of KINDS for a module path."""
     parts = module.split(".")
-    leaf = parts[-1]
+    leaf = parts[-1].partition("[")[0]  # qkv_proj[0]: a part of it
     if "experts" in parts or "switch_mlp" in parts:
         return "experts"
     if any(p in ("mixer", "mamba", "conv", "linear_attn", "temporal_block") for p in parts):

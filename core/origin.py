@@ -38,11 +38,13 @@ def record(
     written: Mapping[str, Update],
     joined: Mapping[str, int],
     kin: str | None,
+    tied: bool | None = None,
 ) -> str:
     """The record for a file that holds ``written``, made from ``source``.
 
     ``before`` are the updates in the file's names, but not yet padded, folded or cast; ``joined``
-    says of those made of two updates which rank the first one had. The oldest origin is kept when
+    says of those made of two updates which rank the first one had; ``tied`` whether it is meant for
+    a base with tied embeddings, where that matters. The oldest origin is kept when
     the source is itself a conversion of this format, so that chains lead back to the start.
     """
     changed = {}
@@ -72,6 +74,8 @@ def record(
         value["blocks"] = blocks
     if kin or source.base.kin:
         value["kin"] = kin or source.base.kin
+    if tied is not None:
+        value["tied"] = tied
     if source.base.quantization_known:
         value["trained_on"] = source.base.quantization or "none"
     return json.dumps(value, separators=(",", ":"))  # unsorted: of two patterns the first one wins
@@ -89,6 +93,7 @@ def parse(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         and isinstance(value.get("config"), dict)
         and isinstance(value.get("state"), str)
         and isinstance(value.get("kin", ""), str)
+        and isinstance(value.get("tied", True), bool)
         and isinstance(value.get("trained_on", ""), str)
         and isinstance(value.get("modules", {}), dict)
         and all(_is_change(c) for c in value.get("modules", {}).values())

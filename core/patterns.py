@@ -52,6 +52,24 @@ def first_matches(
         return [
             next((i for i, p in enumerate(patterns) if plain_suffix(p, name)), -1) for name in names
         ]
+    return _timed(patterns, names, "full" if full else "end", file, what)
+
+
+def first_indices(
+    patterns: Sequence[str], names: Sequence[str], *, file: Path, what: str
+) -> list[int]:
+    """For each name the number that follows a pattern in it, or -1: PEFT's rule for layers_pattern.
+
+    Of the first pattern that matches ``re.match(rf"(?:^|.*?\\.){pattern}\\.(?P<idx>\\d+)\\.")``
+    (peft 0.21.2, tuners/tuners_utils.py). Raises Refused as `first_matches` does.
+    """
+    return _timed(patterns, names, "index", file, what)
+
+
+def _timed(
+    patterns: Sequence[str], names: Sequence[str], how: str, file: Path, what: str
+) -> list[int]:
+    """`_match` with a time limit; errors as refusals."""
     for pattern in patterns:
         if len(pattern) > LENGTH:
             raise Refused(file, f"{what} holds a pattern of {len(pattern):,} characters")
@@ -60,8 +78,8 @@ def first_matches(
 
     try:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
-            return _with_alarm(patterns, names, full)
-        return _in_child(patterns, names, full)
+            return _with_alarm(patterns, names, how)
+        return _in_child(patterns, names, how)
     except _TooSlow:
         raise Refused(
             file,
@@ -71,16 +89,21 @@ def first_matches(
         raise Refused(file, f"{what} holds an invalid pattern: {printable(str(e), 200)}") from None
 
 
-def _match(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[int]:
+def _match(patterns: Sequence[str], names: Sequence[str], how: str) -> list[int]:
+    if how == "index":
+        inside = [re.compile(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.") for p in patterns]
+        hits = (next((m for c in inside if (m := c.match(name))), None) for name in names)
+        return [int(m["idx"]) if m and m["idx"] else -1 for m in hits]
+    full = how == "full"
     compiled = [re.compile(p if full else rf"(.*\.)?({p})$") for p in patterns]
     found = []
     for name in names:
-        hits = (i for i, c in enumerate(compiled) if (c.fullmatch(name) if full else c.match(name)))
-        found.append(next(hits, -1))
+        numbers = (i for i, c in enumerate(compiled) if (c.fullmatch if full else c.match)(name))
+        found.append(next(numbers, -1))
     return found
 
 
-def _with_alarm(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[int]:
+def _with_alarm(patterns: Sequence[str], names: Sequence[str], how: str) -> list[int]:
     import signal
 
     def ring(*_: Any) -> None:
@@ -89,20 +112,20 @@ def _with_alarm(patterns: Sequence[str], names: Sequence[str], full: bool) -> li
     previous = signal.signal(signal.SIGALRM, ring)
     remaining = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        return _match(patterns, names, full)
+        return _match(patterns, names, how)
     finally:
         signal.setitimer(signal.ITIMER_REAL, *remaining)
         signal.signal(signal.SIGALRM, previous)
 
 
-def _in_child(patterns: Sequence[str], names: Sequence[str], full: bool) -> list[int]:
+def _in_child(patterns: Sequence[str], names: Sequence[str], how: str) -> list[int]:
     import json
     import subprocess
 
     try:
         done = subprocess.run(
             [sys.executable, "-m", "loraduct.patterns"],
-            input=json.dumps([list(patterns), list(names), full]),
+            input=json.dumps([list(patterns), list(names), how]),
             capture_output=True,
             text=True,
             timeout=SECONDS + 2,

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter
-from loraduct.architectures import table
+from loraduct.architectures import table, without_experts
 from loraduct.errors import NotRecognised, Refused
+from loraduct.formats import mlx_lists
+from loraduct.formats.experts import number_of
 from loraduct.formats.json_file import read_object
 from loraduct.formats.safetensors_file import read_header, read_index
 from loraduct.modules import block_of, kind_of_module, pattern_of
 from loraduct.tensor import FLOATS, UNIT_ROUNDOFF, Tensor, as_float32
 from loraduct.text import printable
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Architectures whose linear layers are transformers' Conv1D: their weights are stored (in, out).
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _KIN_TENSORS, _KIN_VALUES = 8, 32
-_TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+_COPY = ".base_layer.weight"  # how PEFT saves the whole weight of an adapted embedding or head
+HEADS = ("lm_head", "embed_out")  # ends of the names of heads that may be tied
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Base:
         if not isinstance(value, str):
             raise Refused(self.path / "config.json", "has no model_type")
         return value
+
+    @property
+    def architecture(self) -> str:
+        """Which entry of the table of names it is: its type, or its type without experts."""
+        dense = without_experts(self.model_type)
+        if dense is None:
+            return self.model_type
+        number = number_of(self.text_config)
+        if number is None:
+            what = "does not say how many experts it has (num_local_experts), which decides its names"
+            raise Refused(self.path / "config.json", what)
+        return self.model_type if number else dense
 
     @property
     def layers(self) -> int | None:
@@ -97,16 +111,29 @@ class Base:
     def weight_of(self, parameter: str) -> Tensor | None:
         """The tensor of a parameter, or None; a head that is tied has the embedding's."""
         found = self.tensors.get(parameter)
-        if found is None and parameter.endswith(_TIED_HEADS) and self.tied is not False:
-            embeddings = [
-                t
-                for n, t in self.tensors.items()
-                if n.endswith(".weight")
-                and not block_of(n)
-                and kind_of_module(n.removesuffix(".weight")) == "embedding"
-            ]
-            found = embeddings[0] if len(embeddings) == 1 else None
+        tied = parameter.endswith(tuple(f"{h}.weight" for h in HEADS)) and self.tied is not False
+        if found is None and tied and self.embedding is not None:
+            found = self.tensors[self.embedding]
         return found
+
+    @property
+    def embedding(self) -> str | None:
+        """The name of the input embedding's tensor; None when it can't be told."""
+        found = [
+            n
+            for n in self.tensors
+            if n.endswith(".weight")
+            and not block_of(n)
+            and kind_of_module(n.removesuffix(".weight")) == "embedding"
+        ]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def stored_head(self) -> str | None:
+        """The name of the tensor of a head of its own, if the weights have one."""
+        names = tuple(f"{h}.weight" for h in HEADS)
+        tensors = self.tensors if self.has_weights else {}
+        return next((n for n in tensors if n.endswith(names) and not block_of(n)), None)
 
     def shape_of(self, module: str) -> tuple[int, ...] | None:
         """(out, in) of a linear layer's weight, unpacked if quantised; None when there is none."""
@@ -117,6 +144,19 @@ class Base:
         if tensor.stored_dtype == "U32" and self.quantization:
             return rows, cols * 32 // self._bits(tensor.name.removesuffix(".weight"))
         return rows, cols
+
+    def packed_bits(self, module: str) -> int | None:
+        """Bits of a weight that mlx-lm has packed, None of a plain one; by mlx-lm's names.
+
+        Without weights, the config's word for all its layers.
+        """
+        if self.quantization is None or self.quantization.get(module) is False:
+            return None
+        if self.has_weights:
+            tensor = self.weight_of(f"{module}.weight")
+            if tensor is None or tensor.stored_dtype != "U32":
+                return None
+        return self._bits(module)
 
     def _bits(self, module: str) -> int:
         """Bits of a packed weight: the module's own, or the config's."""
@@ -136,9 +176,13 @@ class Base:
         """A sample of the weights by which copies of one base are known, whatever their dtype.
 
         Eight matrices of the blocks, spread evenly over the sorted names; of each, 32 values from
-        the middle row. None when the weights are packed.
+        the middle row. None when weights are packed: of the few that are not, others would be
+        chosen than of the unpacked copy.
         """
         import numpy as np
+
+        if self.quantization is not None:
+            return None
 
         names = sorted(
             n
@@ -195,10 +239,27 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
                 f"block {block[1]}, the base {base.path} has {base.layers}: made for another base"
             )
             found.append(Refused(adapter.weights, what, tensor=u.a.name))
+    if adapter.base.tied is not None and base.tied == (not adapter.base.tied):
+        does, other = ("ties", "not tied") if base.tied else ("does not tie", "tied")
+        what = f"{does} the head to the embedding, and the adapter was written for a base where it is {other}"
+        found.append(Refused(base.path, f"{what}: there it would move another side"))
     if not base.has_weights:
         return found
-    known = table().get(base.model_type)
-    plain = {m: u for m, u in adapter.low_rank.items() if u.layout in ("linear", "embedding")}
+    known = table().get(base.architecture)
+    in_parts = mlx_lists.shapes(adapter.low_rank)
+    for layer, (whole, tensor) in in_parts.items():
+        shape = base.shape_of(layer)
+        if shape != whole:
+            has = list(shape) if shape else f"no weight {layer}.weight"
+            what = (
+                f"updates a weight of shape {list(whole)} in parts, the base {base.path} has {has}"
+            )
+            found.append(Refused(adapter.weights, f"{what}: made for another base", tensor=tensor))
+    plain = {
+        m: u
+        for m, u in adapter.low_rank.items()
+        if u.layout in ("linear", "embedding") and mlx_lists.whole(m) not in in_parts
+    }
     shapes = {m: base.shape_of(m) for m in plain}
     alike_named = any(shapes.values())  # else the base has other names, and nothing can be said
     for module, u in plain.items():
@@ -239,27 +300,25 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
     return found
 
 
-def wrong_experts(adapter: Adapter, base: Base) -> list[Refused]:
-    """Updates of experts whose number is not the base's."""
-    experts = next((n for k in _EXPERTS if type(n := base.text_config.get(k)) is int), None)
-    return [
-        Refused(
-            adapter.weights,
-            f"has {u.shape[0]} experts, the base {base.path} has {experts}",
-            tensor=u.a.name,
-        )
-        for u in adapter.low_rank.values()
-        if u.layout == "experts" and experts is not None and u.shape[0] != experts
-    ]
+def uncompared(adapter: Adapter, base: Base | None) -> list[Tensor]:
+    """Saved copies of the base's own weights that nothing was there to compare with."""
+    copies = [t for t in adapter.set_aside if t.name.endswith(_COPY)]
+    return [t for t in copies if base is None or not base.has_weights or _own(t, base) is None]
+
+
+def _own(copy: Tensor, base: Base) -> Tensor | None:
+    """The base's weight that ``copy`` is one of; None when it has none, or a packed one."""
+    name = copy.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    own = base.weight_of(name)
+    return own if own is not None and own.stored_dtype in FLOATS else None
 
 
 def _differs_from_base(copy: Tensor, base: Base, file: Path) -> Refused | None:
     """Whether a saved copy of one of the base's own weights (an embedding's) has other values."""
     import numpy as np
 
-    name = copy.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    own = base.weight_of(name)
-    if own is None or own.stored_dtype not in FLOATS:
+    own = _own(copy, base)
+    if own is None:
         return None
     bound = 2 * max(UNIT_ROUNDOFF[copy.stored_dtype], UNIT_ROUNDOFF[own.stored_dtype])
     if copy.shape == own.shape:

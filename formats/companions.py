@@ -10,6 +10,8 @@ NAMES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -18,6 +20,9 @@ NAMES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates",  # a folder: not carried, and said so
+    "preprocessor_config.json",
+    "processor_config.json",
     "generation_config.json",
 )
 _BEGINNINGS = ("LICENSE", "LICENCE", "NOTICE")

@@ -151,7 +151,7 @@ def _from_config(base: Base, file: Path) -> tuple[Shapes, set[str]]:
         "mlp.fc2": (hidden, inter),
         "self_attn.dense": (hidden, q),
     }
-    entry = architectures().get(base.model_type)
+    entry = architectures().get(base.architecture)
     # live names only: the table also knows the names of older versions
     hf = {*(r.hf for r in entry.by_mlx.values()), *entry.blocked} if entry else set[str]()
     first = {_block_0(p) for p in hf if "{}" in p}

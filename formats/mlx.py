@@ -16,7 +16,7 @@ from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.computed import reshaped
 from loraduct.errors import Refused
-from loraduct.formats import CONFIG, companions, mlx_keys
+from loraduct.formats import CONFIG, companions, mlx_keys, mlx_lists
 from loraduct.formats.base_name import quantization_in_name
 from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
@@ -45,7 +45,10 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
         updates |= {name: Replacement(t, "full") for name, t in tensors.items()}
     else:
         updates |= _low_rank(tensors, config, weights)
-        notes += _selection_notes(config, list(updates), folder)
+        notes += _selection_notes(
+            config, list(dict.fromkeys(map(mlx_lists.whole, updates))), folder
+        )
+        notes += mlx_lists.notes(updates)
         if options.restore:
             updates, record = origin.restore(updates, metadata)
     files, odd = companions.find(folder)
@@ -189,18 +192,18 @@ def _low_rank(
     dora = config.get("fine_tune_type") == "dora"
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
+        module, leaf = mlx_lists.split(name)
         if leaf not in _LEAVES or not module:
             what = "; these are PEFT names" if ".lora_A" in name else ""
-            if leaf.isdigit():
-                what = " (one part of a fused layer, as Apple's model in mlx-lm has them)"
             raise Refused(
                 weights,
                 f"is not a tensor of an MLX LoRA or DoRA adapter{what}; mlx-lm refuses it too",
                 tensor=name,
             )
         parts.setdefault(module, {})[_LEAVES[leaf]] = tensor
-    return {m: _update(m, part, rank, scale, dora, weights) for m, part in parts.items()}
+    found = {m: _update(m, part, rank, scale, dora, weights) for m, part in parts.items()}
+    mlx_lists.check_complete(found, weights)
+    return found
 
 
 def _update(
@@ -308,7 +311,10 @@ def _layers(config: Mapping[str, Any], updates: Mapping[str, Update]) -> int | N
     keys = config["lora_parameters"].get("keys")
     # attention is in every block; a feed-forward may be in some only (dense layers before experts)
     modules = [m for m in updates if kind_of_module(m).startswith("attention")]
+    modules = [mlx_lists.whole(m) for m in modules]
     blocks = [b for m in modules if (b := block_of(m)) and (keys is None or b[2] in keys)]
+    if len({b[0] for b in blocks}) > 1 or mlx_lists.parts(updates):
+        return None  # several lists of blocks make up mlx-lm's: which is the last can't be told
     return max((b[1] for b in blocks), default=-1) + 1 or None
 
 
@@ -321,4 +327,5 @@ def _base(
     trained = options.trained_on or written.get("trained_on")
     quantization = None if trained == "none" else trained or quantization_in_name(name or "")
     known = trained is not None or quantization is not None
-    return BaseRef(name, None, quantization, known, written.get("kin")), []
+    kin, tied = written.get("kin"), written.get("tied")
+    return BaseRef(name, None, quantization, known, kin, tied), []

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from loraduct.formats.mlx_lists import parts, whole
 from loraduct.modules import block_of
 
 _QV = ("self_attn.q_proj", "self_attn.v_proj")
@@ -51,8 +52,9 @@ def selects(
     last = config["num_layers"]
     found = {}
     for module in modules:
-        block = block_of(module)
-        if keys is not None and module in keys:
+        layer = whole(module)
+        block = block_of(layer)
+        if keys is not None and layer in keys:
             found[module] = True
         elif block is None:
             found[module] = False
@@ -80,6 +82,8 @@ def keys_for(modules: Sequence[str], n_layers: int | None) -> tuple[list[str], i
     Relative keys need the same targets in the last N blocks and the number of blocks; they also
     load in mlx-swift, which knows no full paths. Full paths are exact for any set.
     """
+    if parts(modules):  # of a model that has two lists of blocks: the last ones can't be told
+        return sorted({whole(m) for m in modules}), n_layers or -1, False
     blocks = [block_of(m) for m in modules]
     inside = [b for b in blocks if b]
     layers = sorted({b[1] for b in inside})

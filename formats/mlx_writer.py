@@ -10,7 +10,7 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.errors import Refused
-from loraduct.formats import CONFIG, mlx_keys, peft_config
+from loraduct.formats import CONFIG, mlx_keys, mlx_lists, peft_config
 from loraduct.formats.mlx import check_config
 from loraduct.formats.safetensors_file import ordered
 from loraduct.tensor import Tensor
@@ -47,8 +47,9 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
         }
         for leaf, part in parts.items():
             if part is not None:
-                tensors[f"{module}.{leaf}"] = part
-                account.carry(f"{module}.{leaf}", part)
+                name = mlx_lists.tensor_name(module, leaf)
+                tensors[name] = part
+                account.carry(name, part)
     config, account.fields = _config_for(adapter)
     return ordered(tensors), config, account
 
@@ -64,6 +65,7 @@ def check_expressible(adapter: Adapter) -> None:
         )
     if not adapter.low_rank:
         raise Refused(adapter.path, "no low-rank update is left to write")
+    mlx_lists.check_complete(adapter.low_rank, adapter.weights)
     for field, what in peft_config.PEFT_ONLY.items():
         if adapter.format == "peft" and adapter.config.get(field) not in (None, []):
             raise Refused(adapter.path / CONFIG, f"{field} is set: {what}")

@@ -31,6 +31,7 @@ from loraduct.tensor import Tensor, same
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 INDEX = f"{WEIGHTS}.index.json"  # of shards, as transformers saves large adapters
 _TOKENS = ["token_adapter", "trainable_tokens_delta"]
+_VOCABULARY = ("embedding", "output head")
 
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
@@ -129,7 +130,7 @@ def replacements(
             continue
         target = module.removesuffix(".base_layer")
         inside = module != target  # PEFT moves the bias of an adapted module into base_layer
-        if leaf == "weight" and inside and kind_of_module(target) in ("embedding", "output head"):
+        if leaf == "weight" and inside and kind_of_module(target) in _VOCABULARY:
             copies.append(tensor)  # save_embedding_layers="auto" writes it; see `differences`
             continue
         if "original_module" in words and bias == "all" and leaf == "bias":
@@ -141,10 +142,17 @@ def replacements(
         elif module == target and peft_config.saves(saved, module):
             name, origin_ = f"{module}.{leaf}", "modules_to_save"
         else:
+            vocabulary = leaf == "weight" and kind_of_module(module) in _VOCABULARY
+            out = (
+                "if it was trained, name its module in modules_to_save, and if it is the base's own"
+                " (save_embedding_layers), remove it from the file"
+                if vocabulary
+                else "remove it from the file"
+            )
             raise Refused(
                 weights,
                 "is neither a LoRA factor nor in modules_to_save or bias: PEFT would silently"
-                " overwrite the base's weight with it; remove it from the file",
+                f" overwrite the base's weight with it; {out}",
                 tensor=key,
             )
         if name not in found:

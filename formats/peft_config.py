@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
-from loraduct.patterns import first_matches
+from loraduct.modules import kind_of_module
+from loraduct.patterns import first_indices, first_matches
 from loraduct.text import printable
 
 # peft 0.21.2, utils/peft_types.py
@@ -299,12 +300,16 @@ def targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> l
             prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
             exact = set(targets)
             wanted = [
-                w and (m in exact or _layer(m, prefixes, file) in chosen)
-                for w, m in zip(wanted, modules, strict=True)
+                w and (m in exact or i in chosen)
+                for w, m, i in zip(wanted, modules, _layers(modules, prefixes, file), strict=True)
             ]
     if excluded := config.get("exclude_modules"):
         out = _named(excluded, modules, file, "exclude_modules")
         wanted = [w and not o for w, o in zip(wanted, out, strict=True)]
+    if config.get("ensure_weight_tying"):  # lora/model.py: a tied head gets the embedding's adapter
+        pairs = zip(wanted, modules, strict=True)
+        tied = any(w and kind_of_module(m) == "embedding" for w, m in pairs)
+        wanted = [w or (tied and m == "lm_head") for w, m in zip(wanted, modules, strict=True)]
     # peft 0.21.2, tuners_utils.py: what lies within a module to save gets no adapter
     saved = config.get("modules_to_save") or []
     return [
@@ -313,19 +318,10 @@ def targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> l
     ]
 
 
-def _layer(module: str, prefixes: Sequence[str], file: Path) -> int | None:
-    """The layer index PEFT reads from a path: the first numbered part, behind a pattern if given."""
-    if not prefixes:
-        match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)
-        return int(match["idx"]) if match else None
-    parts = module.split(".")
-    for prefix in prefixes:
-        if not re.fullmatch(r"[\w.]+", prefix):
-            raise Refused(
-                file, f"layers_pattern {printable(prefix, 80)!r}: only plain names are read"
-            )
-        words = prefix.split(".")
-        for i in range(len(words), len(parts) - 1):
-            if parts[i - len(words) : i] == words and parts[i].isdigit():
-                return int(parts[i])
-    return None
+def _layers(modules: Sequence[str], patterns: Sequence[str], file: Path) -> list[int | None]:
+    """The layer index PEFT reads from each path: the first number, behind a pattern if given."""
+    if not patterns:
+        found = [re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", m) for m in modules]
+        return [int(m["idx"]) if m else None for m in found]
+    indices = first_indices(patterns, modules, file=file, what="layers_pattern")
+    return [i if i >= 0 else None for i in indices]

@@ -134,7 +134,10 @@ def _update(
         what = f"rank {a.shape[0]} (shape {list(a.shape)}), the config says {rank}"
         raise Refused(weights, what, tensor=a.name)
     ones = (1,) * (len(b.shape) - 2)
-    _expect(b.shape[1:] == (rank, *ones), weights, b, f"(out, {rank}{', 1' * len(ones)})")
+    grouped = bool(ones) and b.shape[1] < rank and rank % b.shape[1] == 0
+    what = f"(out, {rank}{', 1' * len(ones)})"
+    what += "; LoRA on a convolution with groups isn't carried" if grouped else ""
+    _expect(b.shape[1:] == (rank, *ones), weights, b, what)
     out = b.shape[0]
     if magnitude is not None:
         wanted = (1, out, *ones) if ones else (out,)

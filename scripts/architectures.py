@@ -51,7 +51,8 @@ ABOUT = (
     " how being same, halves, interleaved, stack or rows; where several lead to one mlx-lm name, the"
     " first is what transformers 5 has in memory. blocked: what can't be carried, and why. router: a"
     " linear layer in mlx-lm, in transformers 5 a module that PEFT can't target as one."
-    " See scripts/architectures.py"
+    " turned: PEFT's factors of it are the other way round, as transformers does not tell it that the"
+    " parameter is (in, out). See scripts/architectures.py"
 )
 HEADS = "it is split by attention heads in mlx-lm, which no low-rank factor survives"
 CONVOLUTION = "it is a convolution, for which mlx-lm has no low-rank layer"
@@ -62,7 +63,6 @@ VISION = "mlx-lm has only the language part of the model"
 ABSENT = "mlx-lm has no such module"
 ZERO = "it has rows for experts without weights (zero experts), which mlx-lm leaves out"
 SCALED = "mlx-lm multiplies its weight by numbers of the base's config, and not the update"
-TURNED = "PEFT takes its inputs for outputs: transformers does not tell that it is transposed"
 VARIES = (
     "its counterpart in mlx-lm depends on the base's config (not the same with and without experts)"
 )
@@ -180,14 +180,14 @@ def absent(path: str) -> str:
 
 
 def derive(model_type: str) -> Entry:
-    """The table's entry of one model type, ``equal`` being the list itself."""
+    """The table's entry of one model type (its first word), ``equal`` being the list itself."""
     import transformers
 
     tiny = TINY[model_type]
     marks: Entry = {}
     found: dict[str, Rule | str] = {}
     for variant in ({}, *tiny.also):
-        config = transformers.AutoConfig.for_model(model_type, **tiny.config(variant))
+        config = transformers.AutoConfig.for_model(model_type.split()[0], **tiny.config(variant))
         for model_class in model_classes(config):
             source = transformers_side(model_class, config, tiny)
             for pattern, rule in _rules(source, mlx_side(source, tiny), marks):
@@ -234,7 +234,7 @@ def _rules(source: Source, target: Target, marks: Entry) -> Iterator[tuple[str, 
             continue
         if transposed(found) and rule[2] != "rows":
             if untold(pattern, source):
-                yield pattern, TURNED
+                yield pattern, [*rule, "turned"]
                 continue
             marks["conv1d" if kind == "conv1d" else "experts_transposed"] = True
         if kind == "bare":
@@ -251,7 +251,7 @@ def _rules(source: Source, target: Target, marks: Entry) -> Iterator[tuple[str, 
         rule = rule_of(pattern, found)
         if pattern not in live and isinstance(rule, list):
             turned = transposed(found) and rule[2] != "rows" and untold(pattern, source)
-            yield pattern, TURNED if turned else rule
+            yield pattern, [*rule, "turned"] if turned else rule
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -117,6 +117,11 @@ GEMMA4_MOE: Config = {
     "top_k_experts": 2,
     "moe_intermediate_size": 48,
 }
+HYBRID: Config = {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+}
 DENSE_THEN_MOE = ["dense", "sparse", "sparse"]
 
 TINY: dict[str, Tiny] = {
@@ -219,15 +224,12 @@ TINY: dict[str, Tiny] = {
     "granite": Tiny(),
     "granitemoe": Tiny(MOE),
     "granitemoehybrid": Tiny(
-        MOE
-        | {
-            "layer_types": ["mamba", "attention", "mamba"],
-            "mamba_n_heads": 8,
-            "mamba_d_state": 16,
-            "shared_intermediate_size": 40,
-        },
-        {"layer_types": ["mamba", "attention", "mamba"]},
-        also=({"num_local_experts": 0, "shared_intermediate_size": 112},),
+        MOE | HYBRID | {"shared_intermediate_size": 40}, {"layer_types": HYBRID["layer_types"]}
+    ),
+    # its shared expert has other names in mlx-lm where there are no experts beside it
+    "granitemoehybrid without experts": Tiny(
+        HYBRID | {"num_local_experts": 0, "shared_intermediate_size": 112},
+        {"layer_types": HYBRID["layer_types"]},
     ),
     "helium": Tiny({"head_dim": 16}),
     "hunyuan_v1_dense": Tiny({"head_dim": 16}),

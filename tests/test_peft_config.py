@@ -61,22 +61,29 @@ TARGETS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     targets=TARGETS,
     exclude=st.sampled_from(
         [None, ["k_proj"], r".*layers\.2\..*", ["model.layers.0.mlp.down_proj"]]
     ),
-    layers=st.sampled_from([None, 1, [0, 2], [], [40]]),
-    pattern=st.sampled_from([None, "layers", ["h", "layers"], "blocks", []]),
-)
-def test_targets_are_pefts(targets: Any, exclude: Any, layers: Any, pattern: Any) -> None:
+    layers=st.sampled_from([None, 1, [0, 2], [], [40], [-1], -1]),
+    pattern=st.sampled_from(
+        [None, "layers", ["h", "layers"], "blocks", [], "", [""], "model.layers", "modelXlayers",
+         r"model\.layers", "(h|layers)", "h|layers", "layers|h", ["x", "l.*s"], r"layers\.1", "m..el.layers"]
+    ),
+    saved=st.sampled_from([None, [], ["lm_head"], ["self_attn"], ["mlp.down_proj"], ["proj"]]),
+)  # fmt: skip
+def test_targets_are_pefts(
+    targets: Any, exclude: Any, layers: Any, pattern: Any, saved: Any
+) -> None:
+    """Patterns of layers are regexes, and what lies in a module to save gets no adapter."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     fields = {"target_modules": targets, "exclude_modules": exclude, "layers_to_transform": layers,
-              "layers_pattern": pattern}  # fmt: skip
+              "layers_pattern": pattern, "modules_to_save": saved}  # fmt: skip
     ours = peft_config.targeted(fields, MODULES, FILE)
-    config = SimpleNamespace(**fields, modules_to_save=None, target_parameters=None)
+    config = SimpleNamespace(**fields, target_parameters=None)
     theirs = [bool(check_target_module_exists(config, m)) for m in MODULES]
     assert ours == theirs
 

@@ -189,7 +189,7 @@ def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Ru
 
     transformers.utils.logging.disable_progress_bar()
     # eager attention: the fused kernel turns a NaN in the weights into finite logits
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = _auto_class(base.model_type).from_pretrained(
         str(base.path), dtype=torch.float32, attn_implementation="eager"
     )
     if adapter is not None:
@@ -208,6 +208,20 @@ def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Ru
             if cache is None:
                 step = torch.tensor([[*ids[0], *greedy]])
     return Run(logits, greedy)
+
+
+def _auto_class(model_type: str) -> Any:
+    """What loads this type in transformers with a head: models that also see have no causal class.
+
+    Which classes there are is transformers' own table (5.23.0, models/auto/modeling_auto.py).
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as table
+
+    seeing = table.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if model_type not in table.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type in seeing:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from loraduct.adapter import Adapter
 from loraduct.errors import Refused
-from loraduct.formats import mlx_keys, peft_config
+from loraduct.formats import mlx_keys, packed, peft_config
 from loraduct.formats.base import (
     Base,
     correlation,
     differences,
     misread_fields,
     rope_conflicts,
-    wrong_experts,
 )
+from loraduct.formats.experts import wrong_experts
 from loraduct.modules import kind_of_module
 from loraduct.text import several
-from loraduct.validation.align import NameMap, base_names, hf_names
+from loraduct.validation.align import NameMap, base_names, hf_names, in_live_model
 from loraduct.validation.checks import Check
 
 
@@ -30,6 +30,7 @@ def check(
         _finite(adapter),
         *_names_and_shapes(adapter, base, names),
         *_complete(adapter, base),
+        *_on_packed(adapter, base),
         _identity(adapter, base),
         *(
             Check("trap", "warning", n.text)
@@ -112,7 +113,7 @@ def _complete(adapter: Adapter, base: Base) -> list[Check]:
         return []
     else:
         # experts have other names in the base's file: the adapter's own modules are asked too
-        known = {*base.linear_modules, *adapter.low_rank}
+        known = {*in_live_model(base.linear_modules, adapter, base), *adapter.low_rank}
         selected = mlx_keys.selects(adapter.config, known, base.layers)
         wanted = {m for m, hit in selected.items() if hit}
     missed = sorted(adapter.adapted - wanted)
@@ -134,10 +135,18 @@ def _complete(adapter: Adapter, base: Base) -> list[Check]:
     ]
 
 
+def _on_packed(adapter: Adapter, base: Base) -> list[Check]:
+    """What mlx-lm can't put on a base that it has packed."""
+    problems = packed.unfit(adapter, base) if adapter.naming == "mlx" else []
+    if not problems:
+        return []
+    return [Check("packed", "failed", f"{problems[0]} ({len(problems)} in all)")]
+
+
 def _linear_in_torch(adapter: Adapter, base: Base) -> list[str]:
     """The modules that PEFT looks through; all-linear leaves out the embedding and the head."""
     tied = {"lm_head"} if base.weight_of("lm_head.weight") is not None else set()
-    modules = sorted(base.linear_modules | tied)
+    modules = sorted(in_live_model(base.linear_modules, adapter, base) | tied)
     if adapter.config.get("target_modules") != "all-linear":
         return modules
     return [m for m in modules if kind_of_module(m) not in ("embedding", "output head")]

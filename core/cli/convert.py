@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+
+if TYPE_CHECKING:
+    from loraduct.formats.base import Base
+    from loraduct.formats.untied import Untied
 
 
 @click.command("convert")
@@ -59,6 +66,12 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 @click.option(
     "--always-on", is_flag=True, help="Let an aLoRA act from the first token on, as plain LoRA."
 )
+@click.option(
+    "--untie-base",
+    type=PATH,
+    metavar="DIR",
+    help="Write a copy of the base there whose head is not tied, and the adapter for it.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
@@ -78,6 +91,7 @@ def command(
     energy: float | None,
     initial: Path | None,
     always_on: bool,
+    untie_base: Path | None,
     force: bool,
     as_json: bool,
     adapter_name: str | None,
@@ -92,6 +106,8 @@ def command(
         raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
     if rank is not None and energy is not None:
         raise click.UsageError("--rank and --energy both say how near: give one")
+    if untie_base is not None and (to != "mlx" or base is None):
+        raise click.UsageError("--untie-base is for --to mlx, and copies --base BASE: give both")
     from loraduct.converters.approximate import Wanted
     from loraduct.converters.convert import Options, convert
     from loraduct.formats import base as base_folder
@@ -102,6 +118,7 @@ def command(
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, base=model)
     if output is not None:
         folder.check_target(output, locate(source, options)[0], force)
+    copy = _untied(untie_base, model, [source, *([output] if output else [])])
     adapter = read(source, options)
     plan = convert(
         adapter,
@@ -116,11 +133,15 @@ def command(
             exclude=exclude,
             initial=read(initial, ReadOptions(allow_pickle=allow_pickle)) if initial else None,
             always_on=always_on,
+            untied_base=untie_base,
             wanted=Wanted(rank, energy, allow_approximate),
         ),
     )
-    folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)
+    target = None if dry_run else output
+    with _written(copy, untie_base if target else None) as files:
+        folder.write(plan, target, allow_approximate=allow_approximate)
     account = plan.account
+    account.notes += copy.notes if copy else ()
     if as_json:
         print_json(
             {
@@ -129,16 +150,46 @@ def command(
                 "to": to,
                 "dry_run": dry_run,
                 "output": None if dry_run else str(output),
+                **({"untied_base": {"path": str(untie_base), "files": files}} if copy else {}),
                 **account.as_json(),
             }
         )
         return
-    from loraduct.text import printable, size
+    from loraduct.text import printable, several, size
 
     what = f"{adapter.format} -> {to}, {len(account.entries)} tensors"
     where = "nothing written (--dry-run)" if dry_run else printable(str(output))
     click.echo(f"{printable(str(source))} -> {where}: {what}, {size(sum(account.files.values()))}")
     click.echo("\n".join(account.lines()))
+    if plan.companions:
+        names = [c.name for c in plan.companions]
+        click.echo(f"  carried along: {several(names, 20)}")
+    if copy:
+        done = f"{len(files)} files, {size(sum(files.values()))}" if files else "not written"
+        click.echo(f"untied base {printable(str(untie_base))}: {copy.head}.weight stored, {done}")
+
+
+def _untied(target: Path | None, model: Base | None, others: list[Path]) -> Untied | None:
+    """The copy of the base to be written, if one is wanted; everything checked."""
+    if target is None or model is None:
+        return None
+    from loraduct.formats import untied
+
+    untied.check_target(target, model.path, *others)
+    return untied.plan(model)
+
+
+@contextlib.contextmanager
+def _written(copy: Untied | None, target: Path | None) -> Iterator[dict[str, int]]:
+    """Write the copy, and put it in its place when what is done within has worked."""
+    if copy is None or target is None:
+        yield {}
+        return
+    from loraduct.files import staged_folder
+    from loraduct.formats import untied
+
+    with staged_folder(target) as stage:
+        yield untied.write(copy, stage)
 
 
 def _name_map(file: Path | None) -> dict[str, str] | None:

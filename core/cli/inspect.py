@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import click
 from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
 
 if TYPE_CHECKING:
+    from loraduct.adapter import Adapter, Note
+    from loraduct.formats.base import Base
     from loraduct.formats.options import ReadOptions
 
 
@@ -105,12 +108,27 @@ def _document(path: Path, options: ReadOptions, stats: bool, tensors: bool) -> d
     from loraduct.formats import read
 
     adapter = read(path, options)
+    adapter = replace(adapter, notes=(*adapter.notes, *_on_base(adapter, options.base)))
     document = describe.describe(adapter, tensors=tensors)
     if stats:
         from loraduct.converters.stats import stats_of
 
         document["stats"] = stats_of(adapter)
     return document
+
+
+def _on_base(adapter: Adapter, base: Base | None) -> list[Note]:
+    """What mlx-lm can't do with an MLX adapter on its base: the one given, or the one it names."""
+    if adapter.format != "mlx" or adapter.method == "full":
+        return []
+    from loraduct.adapter import Note
+    from loraduct.formats import packed
+
+    if base is None:
+        return packed.hints(adapter)
+    problems = packed.unfit(adapter, base)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return [Note("packed-base", f"{p}{more}") for p in problems[:1]]
 
 
 def _text(document: dict[str, Any]) -> str:

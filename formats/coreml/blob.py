@@ -71,7 +71,9 @@ class BlobFile:
         """
         code, bits = CODES.get(dtype, (0, 0))
         if not code:
-            raise Refused(self.path, f"has dtype {dtype}, which a weight file can't hold", tensor=name)
+            raise Refused(
+                self.path, f"has dtype {dtype}, which a weight file can't hold", tensor=name
+            )
         if offset % ALIGN or not ALIGN <= offset <= self.size - ALIGN:
             raise Refused(
                 self.path, f"offset {offset} is not in the file ({self.size} bytes)", tensor=name
@@ -82,7 +84,9 @@ class BlobFile:
             raise Refused(self.path, f"there is no blob at offset {offset}", tensor=name)
         if found != code:
             raise Refused(
-                self.path, f"holds dtype code {found}, the program says {dtype} ({code})", tensor=name
+                self.path,
+                f"holds dtype code {found}, the program says {dtype} ({code})",
+                tensor=name,
             )
         values = math.prod(shape) * bits
         if nbytes != -(-values // 8) or (bits < 8 and padding != nbytes * 8 - values):
@@ -116,7 +120,9 @@ class BlobFile:
         raw = self.source.read(record.data, record.nbytes, name)
         if dtype in _NUMPY:
             return np.frombuffer(raw, _NUMPY[dtype]).reshape(shape)
-        return unpacked(raw, CODES[dtype][1], math.prod(shape), dtype.startswith("INT")).reshape(shape)
+        return unpacked(raw, CODES[dtype][1], math.prod(shape), dtype.startswith("INT")).reshape(
+            shape
+        )
 
     def whole(self, offset: int, name: str) -> tuple[int, bytes, Iterator[bytearray]]:
         """A blob as it lies: bytes of its data, its record, and its data in pieces."""

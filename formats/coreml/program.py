@@ -30,6 +30,11 @@ _FIELDS = {"FLOAT32": "floats", "FLOAT64": "doubles", "INT32": "ints", "INT64": 
 Shape = tuple[int | None, ...]  # None: known only when it runs
 
 
+def mangled(name: str) -> str:
+    """A module's or parameter's name as a program has it: Core ML's names hold no dots."""
+    return name.replace(".", "_")
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -79,7 +84,9 @@ def value_of(package: Package, value: Any, name: str) -> Any:
         array = np.array(values, NUMPY[dtype])
     if array.size != math.prod(sizes):
         raise Refused(
-            package.spec_path, f"holds {array.size} values, its type says {list(sizes)}", tensor=name
+            package.spec_path,
+            f"holds {array.size} values, its type says {list(sizes)}",
+            tensor=name,
         )
     return array.reshape(sizes)
 
@@ -88,7 +95,9 @@ def names_in(operation: Any, parameter: str) -> list[str]:
     """Names of the values bound to a parameter of an operation."""
     if parameter not in operation.inputs:
         return []
-    return [a.name for a in operation.inputs[parameter].arguments if a.WhichOneof("binding") == "name"]
+    return [
+        a.name for a in operation.inputs[parameter].arguments if a.WhichOneof("binding") == "name"
+    ]
 
 
 def blob_values(message: Any) -> Iterator[Any]:

@@ -65,7 +65,13 @@ DATA_TYPES = {
     "UINT8": 31, "UINT16": 32, "UINT32": 33, "UINT64": 34, "UINT4": 35, "UINT2": 36, "UINT1": 37,
     "UINT6": 38, "UINT3": 39, "FLOAT8E4M3FN": 40, "FLOAT8E5M2": 41,
 }  # fmt: skip
-ARRAY_TYPES = {"FLOAT32": 65568, "FLOAT64": 65600, "INT32": 131104, "INT8": 131080, "FLOAT16": 65552}
+ARRAY_TYPES = {
+    "FLOAT32": 65568,
+    "FLOAT64": 65600,
+    "INT32": 131104,
+    "INT8": 131080,
+    "FLOAT16": 65552,
+}
 DATA_TYPE_NAMES = {number: name for name, number in DATA_TYPES.items()}
 ARRAY_TYPE_NAMES = {number: name for name, number in ARRAY_TYPES.items()}
 

@@ -47,7 +47,7 @@ def test_derived_again_it_is_the_same(model_type: str) -> None:
 
 def test_every_type_of_the_table_is_built_and_the_others_are_listed() -> None:
     assert TABLE.keys() == script.TINY.keys()
-    assert len(TABLE) == 88
+    assert len({name.split()[0] for name in TABLE}) == 88
     assert sorted(script.LEFT_OUT) == ["bailing_hybrid", "gemma3n", "minimax", "nanochat"]
     assert not TABLE.keys() & script.LEFT_OUT.keys()
 
@@ -63,7 +63,7 @@ def test_each_module_has_one_answer(model_type: str) -> None:
         names = [mlx] if isinstance(mlx, str) else mlx
         assert len(names) == (2 if how in ("halves", "interleaved") else 1)
         assert {name.count("{}") - hf.count("{}") for name in names} == {PLACES[how]}
-        assert more in ([], ["transposed"] if how == "rows" else [])
+        assert more in ([], ["transposed"] if how == "rows" else ["turned"])
 
 
 OLD = np.arange(4096, 4096 + 4 * 6 * 5).reshape(4, 6, 5)  # four experts, six outputs, five inputs

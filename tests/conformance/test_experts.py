@@ -123,6 +123,20 @@ def test_trap_16_one_parameter_is_told_by_the_config(
     peers.assert_same_logits(peers.mlx_logits(base, there, zoo.TOKENS), expected, plain)
 
 
+def test_trap_16_their_order_in_the_config_means_nothing(
+    trained: Any, convert: Convert, zoo: ModuleType, peers: ModuleType
+) -> None:
+    """PEFT nests parameters in the order in which the module declares them."""
+    base, source, expected, plain = trained("qwen3_moe")
+    names = peers.read_json(source / peers.CONFIG)["target_parameters"]
+    assert len(names) > 1
+    peers.edit_json(source / peers.CONFIG, target_parameters=names[::-1])
+    found = peers.torch_logits(peers.load_peft(base, source), zoo.TOKENS)
+    peers.assert_same_logits(found, expected, plain)  # stock PEFT agrees
+    there = convert(source, "mlx", "--base", base)
+    peers.assert_same_logits(peers.mlx_logits(base, there, zoo.TOKENS), expected, plain)
+
+
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"rank_pattern": {"down_proj": 6}}])
 def test_scales_and_ranks_of_parameters(
     options: dict[str, Any], trained: Any, convert: Convert, zoo: ModuleType, peers: ModuleType
@@ -136,15 +150,24 @@ def test_scales_and_ranks_of_parameters(
     peers.assert_same_logits(found, expected, plain)
 
 
-def old_names(peers: ModuleType, folder: Path, experts: int, ranks: dict[str, int]) -> Path:
-    """An adapter of Mixtral as PEFT saved it under transformers 4: one pair an expert."""
+MIXTRAL = {"w1": (112, 64), "w2": (64, 112), "w3": (112, 64)}
+
+
+def old_names(
+    peers: ModuleType,
+    folder: Path,
+    experts: int,
+    ranks: dict[str, int],
+    shapes: dict[str, tuple[int, int]] = MIXTRAL,
+    block: str = "block_sparse_moe",
+) -> Path:
+    """An adapter of experts as PEFT saved it under transformers 4: one pair an expert."""
     generator = torch.Generator().manual_seed(5)
-    shapes = {"w1": (112, 64), "w2": (64, 112), "w3": (112, 64)}
     tensors = {}
     for layer in range(3):
         for expert in range(experts):
             for leaf, (out, inner) in shapes.items():
-                stem = f"{PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+                stem = f"{PREFIX}model.layers.{layer}.{block}.experts.{expert}.{leaf}"
                 rank = ranks.get(leaf, 4)
                 a = torch.randn(rank, inner, generator=generator) / inner**0.5
                 tensors[f"{stem}.lora_A.weight"] = a
@@ -153,7 +176,7 @@ def old_names(peers: ModuleType, folder: Path, experts: int, ranks: dict[str, in
                 )
     folder.mkdir()
     peers.rewrite_tensors(folder / peers.PEFT_WEIGHTS, tensors)
-    config = peers.lora(["w1", "w2", "w3"], lora_dropout=0.0).to_dict()
+    config = peers.lora(list(shapes), lora_dropout=0.0).to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     (folder / peers.CONFIG).write_text("{}")
     peers.edit_json(folder / peers.CONFIG, **config)
@@ -172,6 +195,24 @@ def test_trap_18_names_of_transformers_4(
     plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
     there = convert(source, "mlx", "--base", base)
     peers.assert_same_logits(peers.mlx_logits(base, there, zoo.TOKENS), expected, plain)
+
+
+def test_trap_18_names_of_transformers_4_that_kept_their_place(
+    moe: Callable[[str], Path], convert: Convert, zoo: ModuleType, peers: ModuleType, tmp_path: Path
+) -> None:
+    """Qwen3's experts are mlp.experts.N.gate_proj there, and one parameter for all now."""
+    base = moe("qwen3_moe")
+    shapes = {"gate_proj": (24, 64), "up_proj": (24, 64), "down_proj": (64, 24)}
+    source = old_names(peers, tmp_path / "old", 4, {}, shapes, "mlp")
+    expected = peers.torch_logits(
+        peers.PeftModel.from_pretrained(peers.hf_base(base), source), zoo.TOKENS
+    )
+    plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
+    there = convert(source, "mlx", "--base", base)
+    peers.assert_same_logits(peers.mlx_logits(base, there, zoo.TOKENS), expected, plain)
+    back = convert(there, "peft", "--base", base)  # in the names of transformers 5
+    found = peers.torch_logits(peers.load_peft(base, back), zoo.TOKENS)
+    peers.assert_same_logits(found, expected, plain)
 
 
 def test_an_expert_is_missing(

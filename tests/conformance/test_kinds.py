@@ -218,6 +218,24 @@ def test_trap_11_with_the_initial_adapter(
         peers.assert_same_logits(peers.mlx_logits(base, again, zoo.TOKENS), expected, plain)
 
 
+def _qalora_forward(a: np.ndarray, b: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """What stock PEFT adds to a layer's output: its variant, which it uses on GPTQ layers only."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    config = LoraConfig(
+        r=4, lora_alpha=10, target_modules=["0"], use_qalora=True, qalora_group_size=16
+    )
+    layer = nn.Sequential(nn.Linear(x.shape[1], b.shape[0]))
+    module = get_peft_model(layer, config).double().eval().base_model.model[0]
+    QALoraLinearVariant.init(module, "default", config)
+    with torch.no_grad():
+        module.lora_A["default"].weight = nn.Parameter(torch.from_numpy(a))
+        module.lora_B["default"].weight = nn.Parameter(torch.from_numpy(b))
+        found = QALoraLinearVariant.forward(module, "default", torch.from_numpy(x), torch.zeros(1))
+    return np.asarray(found)
+
+
 def test_trap_12_qalora(
     train: Train, convert: Convert, tiny: Tiny, zoo: ModuleType, peers: ModuleType
 ) -> None:
@@ -233,8 +251,7 @@ def test_trap_12_qalora(
     old, new = peers.float64_tensors(path), peers.float64_tensors(result / peers.PEFT_WEIGHTS)
     a, b = old[f"{module}.lora_A.weight"], old[f"{module}.lora_B.weight"]
     x = np.random.default_rng(0).normal(size=(5, 64))
-    # QALoraLinearVariant.forward, with the module's scaling
-    y = x.reshape(5, 4, 16).mean(2) * 4 @ a.T @ b.T * (10 / 4)
+    y = _qalora_forward(a, b, x)
     config = peers.read_json(result / peers.CONFIG)
     scale = config["lora_alpha"] / config["r"]
     found = x @ new[f"{module}.lora_A.weight"].T @ new[f"{module}.lora_B.weight"].T * scale

@@ -292,6 +292,49 @@ def test_trap_13_the_magnitude_goes_by_three_names(
     assert mlx[f"{stem}.m"][1] == (48,)
 
 
+def test_a_grouped_convolution_is_named(refused: Refused, tmp_path: Path) -> None:
+    """PEFT groups lora_B alone, so that the two factors seem to differ in rank."""
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plane = nn.Conv2d(8, 16, 3, groups=2)
+
+    config = LoraConfig(r=4, target_modules=["plane"])
+    get_peft_model(Grouped(), config).save_pretrained(tmp_path / "peft")
+    refused(tmp_path / "peft", "peft", saying="convolution with groups")
+
+
+def test_a_field_that_peft_does_not_know(
+    train: Callable[..., Path], attempt: Callable[..., Any], peers: ModuleType
+) -> None:
+    """PEFT drops it with a warning; nobody knows what it does to the numbers, so it is named."""
+    source = train()
+    peers.edit_json(source / peers.CONFIG, a_field_of_tomorrow=5, peft_version="99.0")
+    outcome = attempt(source, "mlx")
+    assert outcome.code == 0
+    assert "a_field_of_tomorrow" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(h|layers)", r"model\.layers", ["x", "la.*s"], "model.layers"]
+)
+def test_layers_pattern_is_a_regex(
+    pattern: Any, train: Callable[..., Path], exact: Callable[..., Any], convert: Convert,
+    tiny: Tiny, peers: ModuleType,
+) -> None:  # fmt: skip
+    """PEFT puts it into one; the layers it reads are those it adapts, on the way back as well."""
+    source = train(layers_to_transform=[0, 2], layers_pattern=pattern)
+    expected = exact(source)
+    assert {name.split(".")[2] for name in expected} == {"0", "2"}
+    narrowed = convert(source, "peft", "--exclude", "layers.2")
+    assert peers.peft_deltas(tiny("llama").path, narrowed).keys() == {
+        "model.layers.0.self_attn.q_proj"
+    }
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trap_34_saved_biases_are_absolute(
     bias: str, train: Callable[..., Path], refused: Refused, convert: Convert, peers: ModuleType

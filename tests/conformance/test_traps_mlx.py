@@ -53,6 +53,14 @@ def _by_hand(peers: ModuleType, source: Path, scale: float) -> Any:
     }
 
 
+def test_trap_13_dora_of_an_embedding(
+    train: Callable[..., Path], refused: Refused, tiny: Tiny
+) -> None:
+    """One magnitude a token, which PEFT can't say: its own is per dimension."""
+    source = train(kind="dora", num_layers=1, keys=[*KEYS, "model.embed_tokens"])
+    refused(source, "peft", "--base", tiny("llama").path, saying="magnitude is per token")
+
+
 @pytest.mark.parametrize("num_layers", [0, -1, -5, 3, 99])
 def test_trap_19_no_layers_means_all_layers(
     num_layers: int, train: Callable[..., Path], exact: Callable[..., Path], peers: ModuleType

@@ -65,7 +65,6 @@ WHOLE = rope(partial_rotary_factor=1.0)
 MROPE = rope(mrope_section=[2, 3, 3])
 BARE = (r"mlp\.gate$",)  # a bare parameter in mlx-lm as well
 HEADS = (r"kv_b_proj",)
-EXPERTS = (r"\.experts\.",)
 LATENT = HEADS + BARE
 NO_MULTIPLIERS = dict.fromkeys(
     (
@@ -128,12 +127,8 @@ MORE: dict[str, More] = {
     "gpt_bigcode": More({"activation_function": "gelu"}),
     "gpt_neox": More({"hidden_act": "gelu_new"}),
     "gptj": More(),
-    # the shared expert has other names in mlx-lm when there are no experts beside it
-    "granitemoehybrid": More(
-        mlx={"position_embedding_type": "nope"},
-        refused=(r"shared_mlp\.",),
-        refused_back=(r"shared_mlp\.",),
-    ),
+    "granitemoehybrid": More(mlx={"position_embedding_type": "nope"}),
+    "granitemoehybrid without experts": More(mlx={"position_embedding_type": "nope"}),
     "hunyuan_v1_dense": More(),
     "internlm3": More(),
     "iquestcoder": More(),
@@ -144,11 +139,9 @@ MORE: dict[str, More] = {
     # PEFT can save, and not load, an adapter of laguna's shared experts
     "laguna": More(refused_back=(r"shared_expert\.",), not_in_peft=(r"shared_experts\.",)),
     "lfm2": More(TIED),
-    # mlx-lm asks for a fourth layer; PEFT isn't told that the experts are transposed
+    # mlx-lm asks for a fourth layer
     "llama4": More(
-        rope() | {"num_hidden_layers": 4, "moe_layers": [1, 3], "rms_norm_eps": 1e-6},
-        refused=EXPERTS,
-        refused_back=EXPERTS,
+        rope() | {"num_hidden_layers": 4, "moe_layers": [1, 3], "rms_norm_eps": 1e-6}
     ),
     "llama4_text": More(),
     "llava": More(),
@@ -231,7 +224,7 @@ def model_class(name: str) -> Any:
     """What loads this type in transformers: the causal model where there is one."""
     import transformers
 
-    config_class = transformers.CONFIG_MAPPING[name]
+    config_class = transformers.CONFIG_MAPPING[name.split()[0]]
     autos = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
     return next(auto for auto in autos if config_class in auto._model_mapping)
 
@@ -242,7 +235,7 @@ def build(name: str, folder: Path, randomise: Callable[[torch.nn.Module], None])
     import transformers
 
     entry, small = MORE[name], SMALL[name]
-    config = transformers.AutoConfig.for_model(name, **small.config(entry.hf))
+    config = transformers.AutoConfig.for_model(name.split()[0], **small.config(entry.hf))
     autos = (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM)
     auto = next(a for a in autos if type(config) in a._model_mapping)
     torch.manual_seed(0)

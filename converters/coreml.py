@@ -1,0 +1,213 @@
+"""A base model as a Core ML package: built straight from its weights, tensor by tensor.
+
+No tracing and no torch: the program is written operation by operation, and the weights stream
+into the weight file as FLOAT16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraduct.converters.coreml_graph import COS, SIN, Form, function, table_name
+from loraduct.converters.decoder import Decoder, describe
+from loraduct.converters.fuse import HEAD, Weighted, fused
+from loraduct.converters.rope import rotation
+from loraduct.errors import Refused
+from loraduct.files import staged_folder, write_file
+from loraduct.formats.base import Base
+from loraduct.formats.coreml import package, record
+from loraduct.formats.coreml.blob import Layout
+from loraduct.formats.coreml.schema import new
+from loraduct.tensor import FLOATS, Tensor
+
+BASE = "base"
+FILE = f"{package.MODEL_PATH}weights/{package.WEIGHT_FILE}"
+# target -> (specification version, opset); coremltools 9.0 `_deployment_compatibility.py`
+TARGETS = {"iOS18": (9, "CoreML8"), "iOS17": (8, "CoreML7")}
+CONTEXT = 2048  # positions a package holds unless told otherwise, or the model has fewer
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a package is shaped.
+
+    ``shapes``: fixed numbers of tokens per call, one function each; none: any number in one.
+    ``inputs``: module kind -> (rank, in, out) of adapters that come as arguments.
+    """
+
+    target: str = "iOS18"
+    shapes: tuple[int, ...] = ()
+    stateless: bool = False
+    context: int | None = None
+    inputs: Mapping[str, tuple[int, int, int]] | None = None
+
+
+def context_of(decoder: Decoder, wanted: int | None, file: Path) -> int:
+    """Positions that the package holds. Raises Refused beyond what its rotations hold for."""
+    limits = [t.limit for t in decoder.tables.values() if t.limit]
+    most = min([decoder.positions, *limits])
+    context = wanted or min(most, CONTEXT)
+    if context > most:
+        what = "the rotation changes beyond" if limits and most == min(limits) else "the model has"
+        raise Refused(file, f"--context {context}: {what} {most} positions; use {most} or fewer")
+    return context
+
+
+def forms_of(options: Options, decoder: Decoder, file: Path) -> dict[str, Form]:
+    """The functions of the base, by name. Raises Refused for what the target can't hold."""
+    stateless = options.stateless
+    if options.target == "iOS17" and not stateless:
+        raise Refused(file, "--target iOS17 has no states: add --stateless, or use --target iOS18")
+    if options.target == "iOS17" and len(options.shapes) > 1:
+        raise Refused(file, "--target iOS17 holds one function: give one of --shapes")
+    context = context_of(decoder, options.context, file)
+    for q in options.shapes:
+        if not 1 <= q <= context:
+            raise Refused(file, f"--shapes {q}: expected 1 to {context} tokens (--context)")
+    one = Form(
+        opset=TARGETS[options.target][1],
+        context=context,
+        stateless=stateless,
+        fused_attention=options.target != "iOS17",
+        inputs=dict(options.inputs) if options.inputs else None,
+    )
+    if not options.shapes:
+        return {BASE: one}
+    many = len(options.shapes) > 1
+    return {f"{BASE}_q{q}" if many else BASE: replace(one, q=q) for q in options.shapes}
+
+
+class Parts:
+    """Parameters of the package, laid out in the weight file in the order they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+        self.tensors, self.layout = tensors, layout
+        self.found: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def find(self, name: str) -> tuple[tuple[int, ...], int] | None:
+        """Shape and offset of a parameter, or None if the model has none of that name."""
+        if name not in self.found:
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                return None
+            chunks = tensor.to("F16").chunks()
+            offset = self.layout.add("FLOAT16", math.prod(tensor.shape), chunks)
+            self.found[name] = (tensor.shape, offset)
+        return self.found[name]
+
+
+def with_tables(
+    base: Base, tensors: Mapping[str, Tensor], decoder: Decoder, context: int
+) -> dict[str, Tensor]:
+    """The model's tensors and its rotation tables, by name. Raises Refused for packed weights."""
+    found = dict(tensors)
+    for name, tensor in found.items():
+        if tensor.stored_dtype not in FLOATS:
+            raise Refused(
+                tensor.path or base.path,
+                f"is stored as {tensor.stored_dtype}: a base in F32, F16 or BF16 is expected",
+                tensor=name,
+            )
+    for kind, rope in decoder.tables.items():
+        for part, table in zip((COS, SIN), rotation(rope, context), strict=True):
+            name = table_name(part, kind)
+            found[name] = Tensor(name, "F32", table.shape, data=table)
+    return found
+
+
+def program(
+    base: Base, decoder: Decoder, forms: Mapping[str, Form], tensors: Mapping[str, Tensor]
+) -> tuple[Any, Layout]:
+    """The specification and the weight file to be written."""
+    first = next(iter(forms.values()))
+    layout = Layout()
+    parts = Parts(tensors, layout)
+    missing: list[str] = []
+
+    def find(name: str) -> tuple[tuple[int, ...], int] | None:
+        found = parts.find(name)
+        if found is None and not name.endswith(".bias"):
+            missing.append(name)
+            raise Refused(base.path, f"has no weight {name}, which a {decoder.model_type} has")
+        return found
+
+    version = next(v for v, opset in TARGETS.values() if opset == first.opset)
+    model = new("Model", specificationVersion=version)
+    described = []
+    for name, form in forms.items():
+        made, about = function(decoder, form, find, FILE, name)
+        model.mlProgram.functions[name].CopyFrom(made)
+        described.append(about)
+    model.mlProgram.version = 1
+    _describe(model, described, multi=version >= 9)
+    return model, layout
+
+
+def _describe(model: Any, described: Sequence[Any], *, multi: bool) -> None:
+    """Inputs and outputs: per function from iOS18 on, else of the one that must be ``main``."""
+    if multi:
+        model.description.functions.extend(described)
+        model.description.defaultFunctionName = described[0].name
+        return
+    model.description.input.extend(described[0].input)
+    model.description.output.extend(described[0].output)
+    made = model.mlProgram.functions[described[0].name]
+    model.mlProgram.functions["main"].CopyFrom(made)
+    del model.mlProgram.functions[described[0].name]
+
+
+def identifiers(model: Any) -> tuple[str, str]:
+    """Identifiers of a package's two items, from its contents: same input, same bytes."""
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+    one, two = (uuid.UUID(bytes=digest[i : i + 16], version=4) for i in (0, 16))
+    return str(one), str(two)
+
+
+@contextlib.contextmanager
+def written(output: Path, model: Any, chunks: Iterable[Any]) -> Iterator[Path]:
+    """A new package folder, all or nothing, in place when the block ends without error."""
+    with staged_folder(output) as stage:
+        data = stage / "Data" / "com.apple.CoreML"
+        (data / "weights").mkdir(parents=True)
+        write_file(data / "weights" / package.WEIGHT_FILE, chunks)
+        write_file(data / "model.mlmodel", [model.SerializeToString(deterministic=True)])
+        text = json.dumps(package.manifest(identifiers(model)), indent=4) + "\n"
+        write_file(stage / package.MANIFEST, [text.encode()])
+        yield stage
+
+
+def build(
+    base: Base,
+    output: Path,
+    options: Options,
+    *,
+    merged: Weighted = (),
+    then: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the package of a base, with ``merged`` adapters (and weights) fused into it.
+
+    ``then`` is called with the new package's folder before it takes its place, to add functions.
+    Adapters have transformers' names (`loraduct.converters.neutral`).
+    """
+    decoder = describe(base)
+    forms = forms_of(options, decoder, base.path / "config.json")
+    tensors = dict(base.tensors)
+    if decoder.tied:
+        tensors.pop(HEAD, None)  # some files hold a copy
+    if merged:
+        tensors = fused(tensors, merged, decoder.tied)
+        decoder = replace(decoder, tied=decoder.tied and HEAD not in tensors)
+    context = next(iter(forms.values())).context
+    model, layout = program(base, decoder, forms, with_tables(base, tensors, decoder, context))
+    record.write(model, record.fresh(base, {n: f.q for n, f in forms.items()}))
+    with written(output, model, layout.chunks()) as stage:
+        if then is not None:
+            then(stage)
