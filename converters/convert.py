@@ -20,7 +20,7 @@ from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement, Update
 from loraduct.converters import names, tied
 from loraduct.converters.approximate import EXACT, Wanted, approximate
-from loraduct.converters.start import undo
+from loraduct.converters.start import can_stay, undo
 from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, packed, peft_writer
 from loraduct.formats.base import Base, differences, uncompared
@@ -75,7 +75,7 @@ def convert(adapter: Adapter, options: Options) -> Folder:
             base_modules=base.linear_modules,
             model_type=base.model_type,
         )
-    if options.to == "mlx" or options.uniform or options.initial is not None:
+    if options.to == "mlx" or options.uniform or options.initial or not can_stay(adapter):
         adapter = undo(adapter, options.initial, base)
     if options.always_on:
         config = {**adapter.config, "alora_invocation_tokens": None}

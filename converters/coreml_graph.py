@@ -325,7 +325,8 @@ def _attention(
 def _turn(g: Graph, name: str, x: Value, cos: Value, sin: Value) -> Value:
     """Rotated by position: the halves of the rotated part swapped; sin has their signs."""
     size, turned = x.shape[-1], cos.shape[-1]
-    assert size is not None and turned is not None
+    assert size is not None
+    assert turned is not None
     rest = None
     if turned < size:
         x, rest = g.split(f"{name}_part", x, [turned, size - turned])
@@ -343,7 +344,8 @@ def _cached(
     held: dict[str, Value], k: Value, v: Value,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write this call's keys and values behind what is cached; give all of them."""
-    assert place.begin is not None and place.stop is not None
+    assert place.begin is not None
+    assert place.stop is not None
     zeros = g.constant([0], INT)
     begin = g.concat(f"L{i}_at", [g.constant([i, 0, 0], INT), place.begin, zeros], 0)
     stop = g.concat(f"L{i}_to", [g.constant([i + 1, 0, 0], INT), place.stop, zeros], 0)
@@ -427,7 +429,7 @@ def _description(
     out = made.output.add(name=LOGITS)
     out.CopyFrom(feature(LOGITS, "FLOAT16", []))
     if not form.stateless:
-        shape = (d.layers, 1, d.kv_heads, form.context, d.head_dim)
+        sizes = (d.layers, 1, d.kv_heads, form.context, d.head_dim)
         for state in (KEYS, VALUES):
-            made.state.append(feature(state, "FLOAT16", [(s, s) for s in shape], state=True))
+            made.state.append(feature(state, "FLOAT16", [(s, s) for s in sizes], state=True))
     return made

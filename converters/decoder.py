@@ -8,7 +8,7 @@ config; ``FAMILIES`` holds only what the architecture's code in transformers 5 f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,11 +176,12 @@ def _layer_types(config: Mapping[str, Any], family: Family, layers: int) -> tupl
     if isinstance(listed, list) and len(listed) >= layers:
         return tuple(str(t) for t in listed[:layers])
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    slides = {
+    rules: dict[str, Callable[[int], bool]] = {
         "none": lambda i: False,
         "late": lambda i: i >= (config.get("max_window_layers") or 0),
         "even": lambda i: i % 2 == 0,
         "pattern": lambda i: (i + 1) % int(every) != 0,
         "nope": lambda i: not _uses_rope(config, i),
-    }[family.windowed]
+    }
+    slides = rules[family.windowed]
     return tuple(SLIDING if slides(i) else FULL for i in range(layers))

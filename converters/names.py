@@ -23,6 +23,11 @@ from loraduct.text import printable
 
 # Mamba's, Jamba's and LongCat Flash's
 _PASSED_BY = (".mixer.dt_proj", ".mamba.dt_proj", ".mlp.router.classifier")
+# dbrx (run with transformers 5.23: the wrapped module lacks the parameters its forward reads)
+_IN_ROWS = (
+    "are experts in one matrix of rows, of which PEFT can't run an adapter: transformers reads the"
+    " matrix past PEFT's layer; leave it out with --exclude"
+)
 Joined = dict[str, int]  # name of what was made of two updates -> rank of the first
 
 
@@ -139,7 +144,7 @@ def _to_mlx(
             stacks.setdefault(names[0], {})[_last_index(module)] = module
             continue
         if rule.how == "rows":
-            raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
+            raise Refused(file, _IN_ROWS, tensor=module)
         update = _turned(update) if rule.turned else update
         made = [update] if rule.how == "same" else _split(update, rule.how, joined.get(module, 0))
         for name, one in zip(names, made, strict=True):
@@ -238,7 +243,7 @@ def _to_hf(
             one = _turned(one) if rule.turned else one
             _put(done, name, one, file, module)
         else:
-            raise Refused(file, "experts in one matrix of rows, which isn't carried", tensor=module)
+            raise Refused(file, _IN_ROWS, tensor=module)
     for name, (rule, found) in joins.items():
         halves = [updates[found[i]] if i in found else None for i in range(2)]
         one = _join(halves, rule.how)

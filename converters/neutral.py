@@ -11,7 +11,8 @@ from loraduct.converters.convert import untie
 from loraduct.converters.start import undo
 from loraduct.errors import Refused
 from loraduct.formats import peft_writer
-from loraduct.formats.base import Base, differences, wrong_experts
+from loraduct.formats.base import Base, differences
+from loraduct.formats.experts import wrong_experts
 
 
 def neutral(adapter: Adapter, base: Base, wanted: Wanted = EXACT) -> Adapter:

@@ -194,6 +194,8 @@ def kind_of(adapter: Adapter) -> str:
     name = {"lora": "LoRA", "dora": "DoRA"}[adapter.method]
     if adapter.config.get("use_rslora"):
         name = "rsLoRA" if name == "LoRA" else "rsDoRA"
+    if adapter.config.get("kasa_config") is not None:
+        name = "KaSA"
     if len({u.rank for u in adapter.low_rank.values()}) > 1:
         name += ", ranks per module"
     elif len({u.scale for u in adapter.low_rank.values()}) > 1:

@@ -56,7 +56,9 @@ class Base:
             return self.model_type
         number = number_of(self.text_config)
         if number is None:
-            what = "does not say how many experts it has (num_local_experts), which decides its names"
+            what = (
+                "does not say how many experts it has (num_local_experts), which decides its names"
+            )
             raise Refused(self.path / "config.json", what)
         return self.model_type if number else dense
 
@@ -246,15 +248,8 @@ def differences(adapter: Adapter, base: Base) -> list[Refused]:
     if not base.has_weights:
         return found
     known = table().get(base.architecture)
-    in_parts = mlx_lists.shapes(adapter.low_rank)
-    for layer, (whole, tensor) in in_parts.items():
-        shape = base.shape_of(layer)
-        if shape != whole:
-            has = list(shape) if shape else f"no weight {layer}.weight"
-            what = (
-                f"updates a weight of shape {list(whole)} in parts, the base {base.path} has {has}"
-            )
-            found.append(Refused(adapter.weights, f"{what}: made for another base", tensor=tensor))
+    in_parts = mlx_lists.parts(adapter.low_rank)
+    found += mlx_lists.misfits(adapter.low_rank, base, adapter.weights)
     plain = {
         m: u
         for m, u in adapter.low_rank.items()

@@ -10,19 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraduct.adapter import LowRank, Note
 from loraduct.errors import Refused
-from loraduct.text import printable
 
-_TENSOR = re.compile(r"(.+)\.(lora_[ab])\.(\d{1,3})")
-_PART = re.compile(r"(.+)\[(\d{1,3})\]")
+if TYPE_CHECKING:
+    from loraduct.formats.base import Base
+
+PARTS = 3  # q, k and v
+_TENSOR = re.compile(r"(.+)\.(lora_[ab])\.([0-2])")
+_PART = re.compile(r"(.+)\[([0-2])\]")
 
 
 def split(tensor: str) -> tuple[str, str]:
     """(module, leaf) of a tensor's name; a part of a list is a module X[i]."""
     if match := _TENSOR.fullmatch(tensor):
-        return f"{match[1]}[{int(match[3])}]", match[2]
+        return f"{match[1]}[{match[3]}]", match[2]
     module, _, leaf = tensor.rpartition(".")
     return module, leaf
 
@@ -48,30 +52,25 @@ def parts(modules: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def check_complete(updates: Mapping[str, LowRank], file: Path) -> None:
-    """Refuse a list with a gap: mlx-lm would fill it with something, or shift what follows."""
-    for layer, there in parts(updates).items():
-        absent = sorted(set(range(max(there) + 1)) - set(there))
-        if absent or len(there) == 1:
-            what = (
-                f"is part {max(there)} of {printable(layer)}, whose part {absent[0]} is not there;"
-                if absent
-                else f"is part 0 of {printable(layer)}, and no other part is there;"
-            )
-            raise Refused(
-                file,
-                f"{what} mlx-lm has one list for all: keep all parts, or leave all out",
-                tensor=updates[f"{layer}[{max(there)}]"].a.name,
-            )
+def misfits(updates: Mapping[str, LowRank], base: Base, file: Path) -> list[Refused]:
+    """Layers in parts whose sizes are not those of the base's fused weight.
 
-
-def shapes(updates: Mapping[str, LowRank]) -> dict[str, tuple[tuple[int, int], str]]:
-    """Of each layer that comes in parts: the shape of the whole dW, and a tensor to name it by."""
-    found = {}
+    A part that is not there is not moved, as mlx-lm leaves it at its start.
+    """
+    found = []
     for layer, there in parts(updates).items():
-        first = updates[f"{layer}[{there[0]}]"]
-        rows = sum(updates[f"{layer}[{i}]"].shape[0] for i in there)
-        found[layer] = ((rows, first.shape[1]), first.a.name)
+        members = [updates[f"{layer}[{i}]"] for i in there]
+        rows, columns = sum(u.shape[0] for u in members), members[0].shape[1]
+        shape = base.shape_of(layer)
+        if shape is not None and shape[1] == columns:
+            if rows == shape[0] or (len(there) < PARTS and rows < shape[0]):
+                continue
+        has = list(shape) if shape else f"no weight {layer}.weight"
+        what = (
+            f"updates a weight of shape {[rows, columns]} in parts, the base {base.path} has {has}"
+        )
+        what += ": made for another base"
+        found.append(Refused(file, what, tensor=members[0].a.name))
     return found
 
 
@@ -80,11 +79,10 @@ def notes(updates: Iterable[str]) -> list[Note]:
     layers = parts(updates)
     if not layers:
         return []
-    count = max(len(p) for p in layers.values())
     return [
         Note(
             "list-leaves",
-            f"{len(layers)} fused layers have factors in {count} parts (Apple's model, afm7): mlx-lm"
+            f"{len(layers)} fused layers have factors for q, k and v (Apple's model, afm7): mlx-lm"
             " 0.32.2 trains and saves them, but its load_adapters refuses them; load_weights after"
             " linear_to_lora_layers takes them",
         )

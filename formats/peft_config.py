@@ -29,7 +29,6 @@ KINDS = frozenset(_KINDS.split())
 
 # Fields that turn plain-looking LoRA tensors into something else, and its name.
 _OTHER_METHODS = {
-    "kasa_config": "KaSA (the base's weight is truncated at the start)",
     "arrow_config": "Arrow (a router over adapters)",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
@@ -77,6 +76,7 @@ _NUMBERS = {
     "use_qalora",
     "qalora_group_size",
     "use_bdlora",
+    "kasa_config",
 }
 _HARMLESS = {
     "peft_type",
@@ -135,6 +135,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "use_qalora": (lambda v: isinstance(v, bool), "true or false"),
     "use_bdlora": (lambda v: isinstance(v, dict), "an object"),
+    "kasa_config": (lambda v: isinstance(v, dict), "an object"),
     "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "lora_bias": (lambda v: isinstance(v, bool), "true or false"),
     "fan_in_fan_out": (lambda v: isinstance(v, bool), "true or false"),
@@ -217,7 +218,10 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
         if value or (value is not None and field.endswith("_config")):
             raise Refused(file, f"{field} is set: {name}; this version doesn't carry it")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and not moves_base(config) and init.lower() not in _LEAVES_BASE:
+    if config.get("kasa_config") is not None and (_begun(config) or config.get("use_dora")):
+        what = "kasa_config is set beside another way to move the base, which PEFT doesn't combine"
+        raise Refused(file, what)
+    if isinstance(init, str) and not _begun(config) and init.lower() not in _LEAVES_BASE:
         raise Refused(
             file,
             f"init_lora_weights is {printable(init, 40)!r}, which no PEFT up to 0.21.2 has: whether it"
@@ -228,6 +232,17 @@ def check(config: Mapping[str, Any], file: Path) -> list[str]:
 
 def moves_base(config: Mapping[str, Any]) -> bool:
     """Whether training began by moving the base weight: the factors alone are not the update."""
+    return config.get("kasa_config") is not None or _begun(config)
+
+
+def began(config: Mapping[str, Any]) -> str:
+    """By which way the base weight was moved, in lower case."""
+    if config.get("kasa_config") is None:
+        return str(config["init_lora_weights"]).lower()
+    return "kasa"
+
+
+def _begun(config: Mapping[str, Any]) -> bool:
     init = config.get("init_lora_weights")
     return isinstance(init, str) and init.lower().startswith(_MOVES_BASE)
 

@@ -1,7 +1,7 @@
 """Keys of PEFT's weights file, taken apart (peft 0.21.2, measured).
 
 ``base_model.model.`` + module + ``.lora_A.weight`` (r, in), ``.lora_B.weight`` (out, r),
-``.lora_magnitude_vector`` (out,) for DoRA, ``.lora_B.bias`` for lora_bias,
+``.lora_magnitude_vector`` (out,) for DoRA, ``.lora_diag`` (r,) for KaSA, ``.lora_B.bias`` for lora_bias,
 ``.lora_embedding_A`` (r, tokens) and ``.lora_embedding_B`` (dim, r); raw dumps carry the adapter's
 name before ``.weight``. A parameter of target_parameters has its module's path, one
 ``.base_layer`` deeper for each further parameter of that module.
@@ -27,12 +27,13 @@ MARKS = {
     "lora_embedding_A": ("embedding_a", None),
     "lora_embedding_B": ("embedding_b", None),
     "lora_magnitude_vector": ("magnitude", None),
+    "lora_diag": ("diag", None),
 }
-_BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")  # no .weight needed
+# no .weight needed
+_BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
 # Marks of other methods inside a key, to refuse them by name.
 _OTHER_MARKS = {
     "lora_E": "AdaLoRA",
-    "lora_diag": "KaSA",
     "hada_w1_a": "LoHa",
     "hada_w1_b": "LoHa",
     "hada_w2_a": "LoHa",

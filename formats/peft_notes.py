@@ -22,8 +22,8 @@ def notes_on(
         notes.append(
             Note(
                 "moved-base",
-                f"init_lora_weights is {config['init_lora_weights']!r}: training moved the base"
-                " weight, and the factors are relative to that",
+                f"{peft_config.began(config)}: training moved the base weight, and the factors are"
+                " relative to that",
             )
         )
     for field in peft_config.PEFT_ONLY:

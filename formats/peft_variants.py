@@ -3,7 +3,8 @@
 BD-LoRA keeps only the blocks on the diagonal of A or B (peft 0.21.2, `variants.py:
 BlockDiagonalLinear`). QALoRA averages groups of inputs before A (`QALoraLinearVariant.forward`):
 x' = mean over each group * (in / group), so dW = scale * in / group^2 * B @ (every column of A
-repeated group times).
+repeated group times). KaSA (`KasaLinearVariant`) has a diagonal between the factors: dW = scale * B
+@ diag(d) @ A, relative to a base that is cut at the start (`converters.start`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraduct.computed import moved
+from loraduct.computed import given, moved
 from loraduct.errors import Refused
 from loraduct.tensor import Tensor
 
@@ -24,6 +25,7 @@ def expanded(
     parts: Parts, config: Mapping[str, Any], file: Path
 ) -> tuple[Parts, dict[str, Any], dict[str, float]]:
     """Parts with full factors, the config that then holds, and what each scale is multiplied by."""
+    parts = {m: _with_diagonal(p, config, file) for m, p in parts.items()}
     blocks, pooled = config.get("use_bdlora"), config.get("use_qalora")
     if not blocks and not pooled:
         return parts, dict(config), {}
@@ -44,6 +46,37 @@ def expanded(
             factors[module] = pools / group
         done[module] = new
     return done, {**config, **FIELDS}, factors
+
+
+def _with_diagonal(
+    part: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+) -> Mapping[str, Tensor]:
+    """KaSA's diagonal taken into B, in float32."""
+    diagonal = part.get("diag")
+    if config.get("kasa_config") is None:
+        if diagonal is None:
+            return part
+        what = "is of KaSA, but kasa_config is not set: PEFT would drop it in silence"
+        raise Refused(file, what, tensor=diagonal.name)
+    first = next(iter(part.values()))
+    if diagonal is None or "b" not in part:
+        missing = "lora_diag" if diagonal is None else "lora_B"
+        raise Refused(file, f"has no {missing} to go with it", tensor=first.name)
+    b, d = part["b"], diagonal
+    if len(b.shape) != 2 or d.shape != b.shape[1:]:
+        what = f"shape {list(d.shape)}, expected {list(b.shape[1:])} as {b.name} has columns"
+        raise Refused(file, what, tensor=d.name)
+
+    def scaled() -> Any:
+        import numpy as np
+
+        with np.errstate(over="ignore"):  # Inf is refused where the tensor is written
+            return b.read() * d.read()
+
+    return {
+        **{k: t for k, t in part.items() if k != "diag"},
+        "b": given(b.name, [b, d], b.shape, scaled),
+    }
 
 
 def _named(module: str, blocks: Any, field: str, file: Path) -> bool:

@@ -90,17 +90,17 @@ def thresholded_relu(x: Any, alpha: Any) -> Any:
     return np.where(x >= alpha, x, np.zeros_like(x))
 
 
-def log(x: Any, epsilon: Any = np.float32(1e-45)) -> Any:
+def log(x: Any, epsilon: Any = 1e-45) -> Any:
     """``log(x + epsilon)``."""
     return np.log(x + epsilon)
 
 
-def rsqrt(x: Any, epsilon: Any = np.float32(1e-12)) -> Any:
+def rsqrt(x: Any, epsilon: Any = 1e-12) -> Any:
     """``1 / sqrt(x + epsilon)``."""
     return np.float32(1) / np.sqrt(x + epsilon)
 
 
-def inverse(x: Any, epsilon: Any = np.float32(1e-4)) -> Any:
+def inverse(x: Any, epsilon: Any = 1e-4) -> Any:
     """``1 / (x + epsilon)``."""
     return np.float32(1) / (x + epsilon)
 

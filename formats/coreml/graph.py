@@ -8,7 +8,7 @@ once. Operations and their parameters are those of coremltools 9.0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class Graph:
         kind: str,
         name: str,
         shape: Shape,
-        inputs: dict[str, Value | Sequence[Value]],
+        inputs: Mapping[str, Value | Sequence[Value]],
         dtype: str = HALF,
     ) -> Value:
         """Any operation with one result."""
@@ -227,7 +227,7 @@ class Graph:
     def _bounds(
         self, begin: Value | list[int], end: Value | list[int], from_start: list[bool] | None,
         to_end: list[bool] | None, squeeze: list[bool] | None,
-    ) -> dict[str, Value | Sequence[Value]]:  # fmt: skip
+    ) -> dict[str, Value]:  # fmt: skip
         masks = {"begin_mask": from_start, "end_mask": to_end, "squeeze_mask": squeeze}
         return {
             "begin": begin if isinstance(begin, Value) else self.constant(begin, INT),

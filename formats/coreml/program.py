@@ -8,7 +8,7 @@ A ``Value`` holds its numbers itself (``immediateValue``) or points into the wei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraduct.errors import Refused
@@ -70,7 +70,7 @@ def value_of(package: Package, value: Any, name: str) -> Any:
     if kind != "immediateValue" or immediate.WhichOneof("value") != "tensor":
         raise Refused(package.spec_path, "holds a constant without a value", tensor=name)
     held = immediate.tensor.WhichOneof("value")
-    values = getattr(immediate.tensor, held).values if held else ()
+    values: Any = getattr(immediate.tensor, held).values if held else ()
     if dtype == "STRING":
         return str(values[0]) if len(values) == 1 else list(values)
     if held == "bytes":
@@ -174,7 +174,10 @@ def blob_value(dtype: str, shape: Sequence[int], offset: int, file_name: str) ->
 
 
 def operation(
-    kind: str, name: str, inputs: dict[str, str | Sequence[str]], outputs: Sequence[tuple[str, Any]]
+    kind: str,
+    name: str,
+    inputs: Mapping[str, str | Sequence[str]],
+    outputs: Sequence[tuple[str, Any]],
 ) -> Any:
     """An Operation. ``inputs``: parameter -> name (or names); ``outputs``: (name, ValueType)."""
     made = new("Operation", type=kind)

@@ -13,26 +13,37 @@ from typing import Any
 
 # One line a message: number name type. [T] repeated, {T} map from text to T, name/g: of oneof g.
 _MESSAGES = """
-Model: 1 specificationVersion int32; 2 description ModelDescription; 10 isUpdatable bool; 502 mlProgram/Type Program
-ModelDescription: 1 input [FeatureDescription]; 10 output [FeatureDescription]; 13 state [FeatureDescription]; 11 predictedFeatureName string; 12 predictedProbabilitiesName string; 20 functions [FunctionDescription]; 21 defaultFunctionName string; 100 metadata Metadata
-FunctionDescription: 1 name string; 2 input [FeatureDescription]; 3 output [FeatureDescription]; 6 state [FeatureDescription]; 4 predictedFeatureName string; 5 predictedProbabilitiesName string
-Metadata: 1 shortDescription string; 2 versionString string; 3 author string; 4 license string; 100 userDefined {string}
+Model: 1 specificationVersion int32; 2 description ModelDescription; 10 isUpdatable bool; 502
+  mlProgram/Type Program
+ModelDescription: 1 input [FeatureDescription]; 10 output [FeatureDescription]; 13 state
+  [FeatureDescription]; 11 predictedFeatureName string; 12 predictedProbabilitiesName string; 20
+  functions [FunctionDescription]; 21 defaultFunctionName string; 100 metadata Metadata
+FunctionDescription: 1 name string; 2 input [FeatureDescription]; 3 output [FeatureDescription]; 6
+  state [FeatureDescription]; 4 predictedFeatureName string; 5 predictedProbabilitiesName string
+Metadata: 1 shortDescription string; 2 versionString string; 3 author string; 4 license string;
+  100 userDefined {string}
 FeatureDescription: 1 name string; 2 shortDescription string; 3 type FeatureType
-FeatureType: 5 multiArrayType/Type ArrayFeatureType; 8 stateType/Type StateFeatureType; 1000 isOptional bool
+FeatureType: 5 multiArrayType/Type ArrayFeatureType; 8 stateType/Type StateFeatureType; 1000
+  isOptional bool
 StateFeatureType: 1 arrayType/Type ArrayFeatureType
-ArrayFeatureType: 1 shape [int64]; 2 dataType ArrayDataType; 21 enumeratedShapes/ShapeFlexibility EnumeratedShapes; 31 shapeRange/ShapeFlexibility ShapeRange
+ArrayFeatureType: 1 shape [int64]; 2 dataType ArrayDataType; 21 enumeratedShapes/ShapeFlexibility
+  EnumeratedShapes; 31 shapeRange/ShapeFlexibility ShapeRange
 EnumeratedShapes: 1 shapes [Shape]
 Shape: 1 shape [int64]
 ShapeRange: 1 sizeRanges [SizeRange]
 SizeRange: 1 lowerBound uint64; 2 upperBound int64
 Program: 1 version int64; 2 functions {Function}; 3 docString string; 4 attributes {Value}
-Function: 1 inputs [NamedValueType]; 2 opset string; 3 block_specializations {Block}; 4 attributes {Value}
-Block: 1 inputs [NamedValueType]; 2 outputs [string]; 3 operations [Operation]; 4 attributes {Value}
+Function: 1 inputs [NamedValueType]; 2 opset string; 3 block_specializations {Block}; 4 attributes
+  {Value}
+Block: 1 inputs [NamedValueType]; 2 outputs [string]; 3 operations [Operation]; 4 attributes
+  {Value}
 Argument: 1 arguments [Binding]
 Binding: 1 name/binding string; 2 value/binding Value
-Operation: 1 type string; 2 inputs {Argument}; 3 outputs [NamedValueType]; 4 blocks [Block]; 5 attributes {Value}
+Operation: 1 type string; 2 inputs {Argument}; 3 outputs [NamedValueType]; 4 blocks [Block]; 5
+  attributes {Value}
 NamedValueType: 1 name string; 2 type ValueType
-ValueType: 1 tensorType/type TensorType; 2 listType/type ListType; 3 tupleType/type TupleType; 4 dictionaryType/type DictionaryType; 5 stateType/type StateType
+ValueType: 1 tensorType/type TensorType; 2 listType/type ListType; 3 tupleType/type TupleType; 4
+  dictionaryType/type DictionaryType; 5 stateType/type StateType
 TensorType: 1 dataType DataType; 2 rank int64; 3 dimensions [Dimension]; 4 attributes {Value}
 TupleType: 1 types [ValueType]
 ListType: 1 type ValueType; 2 length Dimension
@@ -41,10 +52,14 @@ StateType: 1 wrappedType ValueType
 Dimension: 1 constant/dimension ConstantDimension; 2 unknown/dimension UnknownDimension
 ConstantDimension: 1 size uint64
 UnknownDimension: 1 variadic bool
-Value: 1 docString string; 2 type ValueType; 3 immediateValue/value ImmediateValue; 5 blobFileValue/value BlobFileValue
-ImmediateValue: 1 tensor/value TensorValue; 2 tuple/value TupleValue; 3 list/value ListValue; 4 dictionary/value DictionaryValue
+Value: 1 docString string; 2 type ValueType; 3 immediateValue/value ImmediateValue; 5
+  blobFileValue/value BlobFileValue
+ImmediateValue: 1 tensor/value TensorValue; 2 tuple/value TupleValue; 3 list/value ListValue; 4
+  dictionary/value DictionaryValue
 BlobFileValue: 1 fileName string; 2 offset uint64
-TensorValue: 1 floats/value RepeatedFloats; 2 ints/value RepeatedInts; 3 bools/value RepeatedBools; 4 strings/value RepeatedStrings; 5 longInts/value RepeatedLongInts; 6 doubles/value RepeatedDoubles; 7 bytes/value RepeatedBytes
+TensorValue: 1 floats/value RepeatedFloats; 2 ints/value RepeatedInts; 3 bools/value
+  RepeatedBools; 4 strings/value RepeatedStrings; 5 longInts/value RepeatedLongInts; 6
+  doubles/value RepeatedDoubles; 7 bytes/value RepeatedBytes
 RepeatedFloats: 1 values [float]
 RepeatedDoubles: 1 values [double]
 RepeatedInts: 1 values [int32]
@@ -85,7 +100,7 @@ _PACKAGE = "loraduct.mil"
 def fields() -> dict[str, list[tuple[int, str, str, str | None]]]:
     """Message -> (number, name, type, oneof) of its fields; type keeps its [] or {}."""
     found: dict[str, list[tuple[int, str, str, str | None]]] = {}
-    for line in _MESSAGES.strip().splitlines():
+    for line in _MESSAGES.strip().replace("\n  ", " ").splitlines():
         message, _, rest = line.partition(": ")
         rows = (item.split() for item in rest.split("; "))
         found[message] = [

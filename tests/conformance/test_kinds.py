@@ -300,3 +300,46 @@ def test_trap_11_in_half_precision(
     expected = adapted - plain
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert error < 1e-4, f"{error:.1e}"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
+    rslora: bool, train: Train, refused: Callable[..., str], convert: Convert, tiny: Tiny,
+    peers: ModuleType, zoo: ModuleType,
+) -> None:  # fmt: skip
+    """Without lora_diag A and B look like any LoRA; what PEFT cuts away is part of the update."""
+    from peft.tuners.lora.config import KasaConfig
+
+    base = tiny("llama").path
+    source = train(["q_proj", "v_proj"], kasa_config=KasaConfig(), use_rslora=rslora)
+    expected = peers.torch_logits(
+        peers.PeftModel.from_pretrained(peers.hf_base(base), source), zoo.TOKENS
+    )
+    plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
+    there = convert(source, "mlx", "--base", base)
+    peers.assert_same_logits(peers.mlx_logits(base, there, zoo.TOKENS), expected, plain)
+    plainly = convert(source, "peft", "--base", base)
+    assert not peers.read_json(plainly / peers.CONFIG).get("kasa_config")
+    peers.assert_same_logits(peers.peft_logits(base, plainly, zoo.TOKENS), expected, plain)
+    for to in ("mlx", "peft"):
+        assert "KaSA" in refused(source, to, saying="--base BASE")
+
+
+def test_kasa_and_lora_are_not_taken_for_one_another(
+    train: Train, refused: Callable[..., str], tiny: Tiny, peers: ModuleType
+) -> None:
+    """The diagonal and the config's word for it belong together."""
+    from peft.tuners.lora.config import KasaConfig
+
+    base = tiny("llama").path
+    source = train(["q_proj", "v_proj"], kasa_config=KasaConfig())
+    file = source / peers.PEFT_WEIGHTS
+    whole = peers.load_file(file)
+    name = next(n for n in whole if n.endswith("lora_diag"))
+    peers.rewrite_tensors(file, {n: t for n, t in whole.items() if n != name})
+    refused(source, "mlx", "--base", base, saying="has no lora_diag")
+    peers.rewrite_tensors(file, {**whole, name: whole[name][:-1]})
+    refused(source, "mlx", "--base", base, saying=name)
+    peers.rewrite_tensors(file, whole)
+    peers.edit_json(source / peers.CONFIG, kasa_config=None)
+    refused(source, "mlx", "--base", base, saying="kasa_config is not set")

@@ -269,16 +269,6 @@ def test_trap_11_initialisations_that_leave_the_base_alone(
     peers.assert_same_deltas(peers.mlx_deltas(tiny("llama").path, result), expected)
 
 
-def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
-    train: Callable[..., Path], refused: Refused, tiny: Tiny
-) -> None:
-    """Without lora_diag A and B look like any LoRA."""
-    from peft.tuners.lora.config import KasaConfig
-
-    source = train(kasa_config=KasaConfig())
-    refused(source, "mlx", "--base", tiny("llama").path, saying="kasa")
-
-
 def test_trap_13_the_magnitude_goes_by_three_names(
     train: Callable[..., Path], exact: Callable[..., Any], convert: Convert, peers: ModuleType
 ) -> None:
@@ -290,32 +280,6 @@ def test_trap_13_the_magnitude_goes_by_three_names(
     peft = peers.raw_tensors(source / peers.PEFT_WEIGHTS)
     assert mlx[f"{stem}.m"] == peft[f"{peers.PEFT_PREFIX}{stem}.lora_magnitude_vector"]
     assert mlx[f"{stem}.m"][1] == (48,)
-
-
-def test_a_grouped_convolution_is_named(refused: Refused, tmp_path: Path) -> None:
-    """PEFT groups lora_B alone, so that the two factors seem to differ in rank."""
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-
-    class Grouped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.plane = nn.Conv2d(8, 16, 3, groups=2)
-
-    config = LoraConfig(r=4, target_modules=["plane"])
-    get_peft_model(Grouped(), config).save_pretrained(tmp_path / "peft")
-    refused(tmp_path / "peft", "peft", saying="convolution with groups")
-
-
-def test_a_field_that_peft_does_not_know(
-    train: Callable[..., Path], attempt: Callable[..., Any], peers: ModuleType
-) -> None:
-    """PEFT drops it with a warning; nobody knows what it does to the numbers, so it is named."""
-    source = train()
-    peers.edit_json(source / peers.CONFIG, a_field_of_tomorrow=5, peft_version="99.0")
-    outcome = attempt(source, "mlx")
-    assert outcome.code == 0
-    assert "a_field_of_tomorrow" in outcome.out
 
 
 @pytest.mark.parametrize(

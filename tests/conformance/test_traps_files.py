@@ -120,6 +120,30 @@ def test_a_whole_embedding_beside_the_adapter(
     assert not peers.changed_tensors(source / peers.PEFT_WEIGHTS, result / peers.PEFT_WEIGHTS)
 
 
+def test_a_grouped_convolution_is_named(refused: Refused, tmp_path: Path) -> None:
+    """PEFT groups lora_B alone, so that the two factors seem to differ in rank."""
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plane = nn.Conv2d(8, 16, 3, groups=2)
+
+    config = LoraConfig(r=4, target_modules=["plane"])
+    get_peft_model(Grouped(), config).save_pretrained(tmp_path / "peft")
+    refused(tmp_path / "peft", "peft", saying="convolution with groups")
+
+
+def test_a_field_that_peft_does_not_know(train: Train, attempt: Attempt, peers: ModuleType) -> None:
+    """PEFT drops it with a warning; nobody knows what it does to the numbers, so it is named."""
+    source = train()
+    peers.edit_json(source / peers.CONFIG, a_field_of_tomorrow=5, peft_version="99.0")
+    outcome = attempt(source, "mlx")
+    assert outcome.code == 0
+    assert "a_field_of_tomorrow" in outcome.out
+
+
 def _packed(base: Path, folder: Path, bits: int) -> Path:
     """The base as stock mlx-lm packs it."""
     from mlx_lm.utils import load_model, quantize_model, save_model

@@ -140,9 +140,7 @@ MORE: dict[str, More] = {
     "laguna": More(refused_back=(r"shared_expert\.",), not_in_peft=(r"shared_experts\.",)),
     "lfm2": More(TIED),
     # mlx-lm asks for a fourth layer
-    "llama4": More(
-        rope() | {"num_hidden_layers": 4, "moe_layers": [1, 3], "rms_norm_eps": 1e-6}
-    ),
+    "llama4": More(rope() | {"num_hidden_layers": 4, "moe_layers": [1, 3], "rms_norm_eps": 1e-6}),
     "llama4_text": More(),
     "llava": More(),
     # with zero experts mlx-lm can't load what transformers saves

@@ -10,7 +10,10 @@ import pytest
 
 from loraduct.formats.coreml import schema
 
-_KINDS = {1: "double", 2: "float", 3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 12: "bytes"}  # fmt: skip
+_KINDS = {
+    1: "double", 2: "float", 3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string",
+    12: "bytes",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +70,10 @@ def test_every_field_of_a_program_is_in_the_table(theirs):
 
 def test_data_types_are_coremltools(theirs):
     values = {v.name: v.number for v in theirs["enum DataType"].values}
-    assert {"UNUSED_TYPE": 0} | schema.DATA_TYPES == values
+    assert values == {"UNUSED_TYPE": 0} | schema.DATA_TYPES
     array = theirs["ArrayFeatureType"].enum_types_by_name["ArrayDataType"]
     theirs_array = {v.name.replace("DOUBLE", "FLOAT64"): v.number for v in array.values}
-    assert {"INVALID_ARRAY_DATA_TYPE": 0} | schema.ARRAY_TYPES == theirs_array
+    assert theirs_array == {"INVALID_ARRAY_DATA_TYPE": 0} | schema.ARRAY_TYPES
 
 
 def test_unknown_fields_survive():

@@ -138,7 +138,6 @@ MLX_VALUES: dict[str, list[Any]] = {
 UNCARRIED: dict[str, list[Any]] = {
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "frob"],
     "alora_invocation_tokens": [[1, 2]],
-    "kasa_config": [{"a": 1}],
     "arrow_config": [{"a": 1}],
     "layer_replication": [[[0, 2], [1, 2]]],
 }

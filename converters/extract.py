@@ -1,0 +1,155 @@
+"""An adapter from what two copies of a model differ by: low rank where that is all there is.
+
+The difference of two weights stored in 16 bits is the update plus rounding. Rounding is noise of a
+known size, spread evenly over all directions: its largest singular value is near
+sigma * (sqrt(rows) + sqrt(columns)) (Marchenko and Pastur, 1967). Directions above that are the
+update; what is left over must then be of the size that rounding has, and is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import LowRank, Replacement, Update
+from loraduct.computed import given
+from loraduct.errors import Refused
+from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
+
+OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
+ABOVE_NOISE = 1.2  # a direction counts from this multiple of the noise's largest
+EXPLAINED = 1.25  # a residual up to this multiple of rounding's own size is rounding
+FIRST_RANK = 64
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many directions to keep: ``rank``, or a share of the squared norm, or all above noise."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """``residual``: norm of what the factors leave, relative to the difference; ``rounding``: what
+    storing in 16 bits explains of it, likewise."""
+
+    update: Update
+    rank: int
+    residual: float
+    rounding: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing but rounding is left."""
+        return self.residual <= EXPLAINED * self.rounding
+
+
+def differences(
+    new: Mapping[str, Tensor], old: Mapping[str, Tensor], wanted: Wanted, path: Path
+) -> dict[str, Found]:
+    """Module (low rank) or parameter (replaced) -> what changed from ``old`` to ``new``.
+
+    Matrices become factors, vectors are replaced. Raises Refused for parameters that only one of
+    them has and for shapes that differ.
+    """
+    found: dict[str, Found] = {}
+    for name, tensor in new.items():
+        base = old.get(name)
+        if base is None:
+            raise Refused(path, "the base has no such weight", tensor=name)
+        if base.shape != tensor.shape:
+            what = f"has shape {list(tensor.shape)}, the base {list(base.shape)}"
+            raise Refused(path, what, tensor=name)
+        if (one := changed(tensor, base, wanted)) is not None:
+            found[name.removesuffix(".weight") if isinstance(one.update, LowRank) else name] = one
+    return found
+
+
+def changed(new: Tensor, old: Tensor, wanted: Wanted) -> Found | None:
+    """What changed of one parameter; None if nothing but the rounding of the base's own values."""
+    import numpy as np
+
+    after = new.read()
+    before = as_float32(old.to(new.dtype).raw(), new.dtype)
+    difference = after - before
+    if not difference.any():
+        return None
+    if difference.ndim != 2:
+        return Found(Replacement(new, "full"), 0, 0.0, 0.0)
+    a, b, residual = nearest(difference, wanted, rounding_sigma(after, new.dtype))
+    size = float(np.linalg.norm(difference))
+    noise = rounding_sigma(after, new.dtype) * math.sqrt(difference.size)
+    tensors = [
+        given(f"{new.name}.{n}", [new, old], x.shape, lambda x=x: x) for n, x in (("a", a), ("b", b))
+    ]
+    update = LowRank(tensors[0], tensors[1], 1.0)
+    return Found(update, a.shape[0], residual / size, noise / size)
+
+
+def rounding_sigma(values: Any, dtype: str) -> float:
+    """Standard deviation of the error that storing ``values`` in ``dtype`` makes.
+
+    A value between powers of two p and 2p is rounded to steps of 2 * roundoff * p: the error is
+    uniform, step / sqrt(12).
+    """
+    import numpy as np
+
+    _, exponent = np.frexp(values)
+    lowest = -13 if dtype == "F16" else -125  # below, steps no longer shrink
+    steps = np.ldexp(np.float64(UNIT_ROUNDOFF[dtype]), np.maximum(exponent, lowest))
+    return float(np.sqrt(np.mean(np.square(steps)) / 12))
+
+
+def nearest(matrix: Any, wanted: Wanted, sigma: float) -> tuple[Any, Any, float]:
+    """a (r, in), b (out, r) and the norm of what they leave of ``matrix`` (out, in)."""
+    import numpy as np
+
+    most = min(matrix.shape)
+    total = float(np.sum(np.square(matrix, dtype=np.float64)))
+    floor = ABOVE_NOISE * sigma * sum(math.sqrt(n) for n in matrix.shape)
+    tried = min(most, wanted.rank or FIRST_RANK)
+    while True:
+        left, values, right = leading(matrix, tried)
+        squares = np.square(values)
+        rank = _rank(wanted, squares, total, floor)
+        if rank < len(values) or tried == most or wanted.rank:
+            break
+        tried = min(most, 2 * tried)
+    rank = min(rank, len(values))
+    root = np.sqrt(values[:rank])
+    rest = max(total - float(np.sum(squares[:rank])), 0.0)
+    a = (right[:rank] * root[:, None]).astype(np.float32)
+    return a, (left[:, :rank] * root).astype(np.float32), math.sqrt(rest)
+
+
+def _rank(wanted: Wanted, squares: Any, total: float, floor: float) -> int:
+    import numpy as np
+
+    if wanted.rank:
+        return wanted.rank
+    if wanted.energy:
+        return int(np.searchsorted(np.cumsum(squares), wanted.energy * total)) + 1
+    return max(1, int(np.sum(squares > floor**2)))
+
+
+def leading(matrix: Any, rank: int) -> tuple[Any, Any, Any]:
+    """Leading singular triplets: exact where the matrix is small, else by a randomised range."""
+    import numpy as np
+
+    if rank + OVERSAMPLING >= min(matrix.shape) // 2:
+        found: tuple[Any, Any, Any] = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+        return found[0][:, :rank], found[1][:rank], found[2][:rank]
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING)).astype(np.float32)
+    basis = np.linalg.qr((matrix @ start).astype(np.float64))[0]
+    for _ in range(POWER):
+        turned = np.linalg.qr((matrix.T @ basis.astype(np.float32)).astype(np.float64))[0]
+        basis = np.linalg.qr((matrix @ turned.astype(np.float32)).astype(np.float64))[0]
+    small = basis.T @ matrix.astype(np.float64)
+    left, values, right = np.linalg.svd(small, full_matrices=False)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]

@@ -1,0 +1,109 @@
+"""A packaged decoder as an app runs it: tokens in, logits out, cache kept between calls.
+
+Works on packages with loraduct's conventions (``loraduct.converters.coreml_graph``), through the
+reference interpreter. On a Mac, `mil.predict` runs the same calls on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraduct.errors import Refused
+from loraduct.formats.coreml import record
+from loraduct.formats.coreml.package import Package
+from loraduct.text import several
+from loraduct.validation import mil
+
+IDS, MASK, POSITION, LOGITS = "inputIds", "causalMask", "position", "logits"
+
+
+@dataclass
+class Session:
+    """One adapter of a package (None: the base), ready to be run.
+
+    ``machines``: tokens per call -> function; 0: any number. ``extra``: arguments of every call,
+    such as an adapter's factors.
+    """
+
+    machines: dict[int, mil.Machine]
+    precision: str = mil.STORAGE
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    ranges: mil.Ranges | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    end: int = 0
+
+    @property
+    def stateless(self) -> bool:
+        """Whether every call starts from the beginning."""
+        return not next(iter(self.machines.values())).new_state()
+
+    def start(self) -> None:
+        """Forget all tokens."""
+        self.state = next(iter(self.machines.values())).new_state()
+        self.end = 0
+
+    def feed(self, ids: Sequence[int]) -> Any:
+        """Logits (tokens, vocabulary), float32, of the next tokens."""
+        import numpy as np
+
+        parts = []
+        left = list(ids)
+        while left:
+            fixed = sorted(n for n in self.machines if n)
+            q = next((n for n in reversed(fixed) if n <= len(left)), fixed[0] if fixed else len(left))
+            now, left = left[:q], left[q:]
+            parts.append(self._call(now, q)[: len(now)])
+        return np.concatenate(parts)
+
+    def _call(self, ids: Sequence[int], q: int) -> Any:
+        """One call; fewer tokens than ``q`` are filled up, and what is filled up is forgotten."""
+        import numpy as np
+
+        machine = self.machines[q if q in self.machines else 0]
+        fixed = 0 not in self.machines and not self.stateless
+        span = self._context if fixed else self.end + q
+        padded = np.array([*ids, *[ids[-1]] * (q - len(ids))], np.int32)[None]
+        rows = np.arange(self.end, self.end + q)[:, None]
+        mask = np.where(np.arange(span) <= rows, 0, -np.inf).astype(np.float16)[None, None]
+        inputs = {IDS: padded, MASK: mask, **self.extra}
+        if fixed:
+            inputs[POSITION] = np.array([self.end], np.int32)
+        out = machine.run(inputs, self.state, precision=self.precision, ranges=self.ranges)
+        self.end += 0 if self.stateless else len(ids)
+        return np.asarray(out[LOGITS][0], np.float32)
+
+    @property
+    def _context(self) -> int:
+        state = next(iter(self.state.values()))
+        return int(state.shape[3])
+
+
+def session(
+    package: Package, name: str | None = None, *, weights: mil.Weights | None = None, **options: Any
+) -> Session:
+    """The functions of adapter ``name`` (None: the base's). Raises Refused when there are none."""
+    weights = weights or mil.Weights(package)
+    functions = record.functions_of(package, name)
+    if not functions:
+        held = several(sorted(record.names(package)), 12) or "none"
+        raise Refused(package.path, f"holds no adapter {name!r}; it holds {held}")
+    machines = {q or 0: mil.load(package, f, weights) for f, q in functions.items()}
+    made = Session(machines, **options)
+    made.start()
+    return made
+
+
+def greedy(made: Session, ids: Sequence[int], count: int, stop: int | None = None) -> list[int]:
+    """The ``count`` likeliest tokens after ``ids``, one after the other."""
+    made.start()
+    found: list[int] = []
+    step = list(ids)
+    while len(found) < count:
+        logits = made.feed([*ids, *found] if made.stateless else step)
+        found.append(int(logits[-1].argmax()))
+        step = [found[-1]]
+        if found[-1] == stop:
+            break
+    return found

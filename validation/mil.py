@@ -1,0 +1,197 @@
+"""A reference interpreter of Core ML's ML programs, on numpy.
+
+Runs a function of a package from its protobuf and weight file alone: what a program says, not what
+a runtime makes of it. Every output is computed in float32, rounded once to its declared dtype, and
+checked against the shape and dtype the program declares. Neither coremltools nor torch is needed.
+
+``precision`` is one of PRECISIONS:
+
+* ``fp16-storage``: intermediates inside an operation in float32 (the default);
+* ``fp16-strict``: intermediates of reductions, norms and softmax in half precision too, with sums
+  in blocks of 32: about the least a device may do. Products of matrices still sum in float32;
+* ``fp32``: nothing is rounded to half precision, except the weights, which are stored so.
+
+A run is deterministic: the same machine, package and inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loraduct.errors import Refused
+from loraduct.formats.coreml.package import Package
+from loraduct.formats.coreml.program import NUMPY
+
+if TYPE_CHECKING:
+    from loraduct.validation.mil_program import Constant, Program, Step
+
+STORAGE, STRICT, FULL = "fp16-storage", "fp16-strict", "fp32"
+PRECISIONS = (STORAGE, STRICT, FULL)
+KEEP = 8 << 30  # bytes of weights held in float32; beyond, they are widened at every use
+NEAR = 65504 / 4  # |x| from which on a value is reported as near to float16's end
+
+
+@dataclass
+class Ranges:
+    """Largest magnitudes, as a run finds them.
+
+    ``peaks``: output name -> largest |x| before it was rounded. ``warnings``: operations whose
+    output comes near to float16's end, or leaves it, though their inputs did not. ``first``:
+    (function, operation, output) of the first that made infinity or NaN of finite inputs.
+    """
+
+    peaks: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    first: tuple[str, str, str] | None = None
+
+    def note(self, function: str, step: Step, name: str, peak: float, after: float) -> None:
+        """``peak``: of a float output; ``after``: once it was rounded."""
+        from math import isfinite
+
+        from loraduct.validation.mil_program import names_in
+
+        self.peaks[name] = peak
+        before = max((self.peaks.get(n, 0.0) for n in names_in(step.arguments)), default=0.0)
+        if not isfinite(before) or before != before:
+            return
+        if not isfinite(after):
+            what = "overflow to inf" if isfinite(peak) or peak == float("inf") else "NaN"
+            self.warnings.append(f"{name}, op {step.kind}: {what} (largest input {before:.6g})")
+            self.first = self.first or (function, step.kind, name)
+            self.peaks[name] = after
+        elif peak > NEAR and peak > before:
+            self.warnings.append(f"{name}, op {step.kind}: {peak:.6g} is near float16's 65504")
+
+
+class Weights:
+    """The constants of a package, decoded once for all its functions.
+
+    Float weights are held in float32 while they fit into ``keep`` bytes, else as they are stored.
+    """
+
+    def __init__(self, package: Package, keep: int = KEEP) -> None:
+        self.package = package
+        self.left = keep
+        self.held: dict[Any, Any] = {}
+
+    def exact(self, constant: Constant) -> Any:
+        """In its own dtype (FLOAT16: numpy's float16)."""
+        found = self.get(constant)
+        if constant.dtype == "FLOAT16" and not isinstance(found, str):
+            return found.astype("float16")
+        return found
+
+    def get(self, constant: Constant) -> Any:
+        """As it is computed with: float32 for floats if it fits."""
+        if constant.key in self.held:
+            return self.held[constant.key]
+        from loraduct.validation.mil_numbers import rounded, widened
+
+        made = constant.make(self.exact)
+        if constant.dtype == "FLOAT16":
+            size = made.size * 4
+            if made.dtype == "float16":
+                made = widened(made) if size <= self.left else made
+            elif made.dtype == "float32":
+                made = rounded(made)
+            self.left -= size if made.dtype == "float32" else 0
+        self.held[constant.key] = made
+        return made
+
+
+class Machine:
+    """A function of a package, ready to be run many times; its weights stay decoded."""
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.program, self.weights = program, weights
+        self.path = weights.package.path
+
+    def new_state(self) -> dict[str, Any]:
+        """Zeros for every state, in its declared shape and dtype."""
+        return _zeros(self.program, self.path)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        state: dict[str, Any] | None = None,
+        *,
+        precision: str = STORAGE,
+        ranges: Ranges | None = None,
+    ) -> dict[str, Any]:
+        """Output name -> array. ``state``: name -> array, replaced as the function writes it.
+
+        FLOAT16 outputs and states are numpy's float16, in precision ``fp32`` float32.
+        Raises Refused, naming the operation and its output.
+        """
+        from loraduct.validation.mil_run import Running
+
+        if precision not in PRECISIONS:
+            raise Refused(None, f"precision {precision!r}, expected {', '.join(PRECISIONS)}")
+        return Running(self, precision, ranges).run(inputs, state)
+
+
+def load(package: Package, function: str | None = None, weights: Weights | None = None) -> Machine:
+    """A function of a package (None: its default), checked. Raises Refused.
+
+    ``weights``: of the same package, to share with machines of its other functions.
+    """
+    from loraduct.validation import mil_program
+
+    program = mil_program.read(package, function or default_function(package))
+    return Machine(program, weights or Weights(package))
+
+
+def run(
+    package: Package,
+    function: str | None,
+    inputs: Mapping[str, Any],
+    state: dict[str, Any] | None = None,
+    *,
+    precision: str = STORAGE,
+    ranges: Ranges | None = None,
+) -> dict[str, Any]:
+    """Run a function once; see Machine.run."""
+    return load(package, function).run(inputs, state, precision=precision, ranges=ranges)
+
+
+def new_state(package: Package, function: str | None = None) -> dict[str, Any]:
+    """Zeros for every state of a function."""
+    return load(package, function).new_state()
+
+
+def ops_of(package: Package) -> dict[str, list[str]]:
+    """Function -> the types of its operations, sorted; known here or not."""
+    from loraduct.validation.mil_program import block
+
+    return {
+        name: sorted({op.type for op in block(package, name).operations})
+        for name in sorted(package.functions)
+    }
+
+
+def supported() -> frozenset[str]:
+    """The types of operations that can be run."""
+    from loraduct.validation.mil_program import SUPPORTED
+
+    return SUPPORTED
+
+
+def default_function(package: Package) -> str:
+    """The function that runs when none is named."""
+    named = package.model.description.defaultFunctionName
+    if named or len(package.functions) != 1:
+        return str(named or "main")
+    return str(next(iter(package.functions)))
+
+
+def _zeros(program: Program, path: Any) -> dict[str, Any]:
+    import numpy as np
+
+    made = {}
+    for name, held in program.states.items():
+        if held.shape is None or None in held.shape or held.dtype not in NUMPY:
+            raise Refused(path, f"a state of {held.dtype} {held.shape}", tensor=name)
+        made[name] = np.zeros([s or 0 for s in held.shape], NUMPY[held.dtype])
+    return made

@@ -1,0 +1,188 @@
+"""One run of a function: inputs in, steps in order, outputs and states out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraduct.errors import Refused
+from loraduct.formats.coreml.program import NUMPY, Shape
+from loraduct.text import several
+from loraduct.validation import mil_features
+from loraduct.validation.mil import FULL, STRICT, Ranges
+from loraduct.validation.mil_numbers import Numbers, rounded, widened
+from loraduct.validation.mil_program import OPS, READ, STATE_OPS, WRITE, Constant, Output, Step
+
+if TYPE_CHECKING:
+    from loraduct.validation.mil import Machine
+
+_FAULTS = (
+    ValueError, TypeError, LookupError, ArithmeticError, MemoryError, AttributeError,
+)  # fmt: skip
+_FLOATS = ("FLOAT16", "FLOAT32")
+
+
+class Running:
+    """The values of one run."""
+
+    def __init__(self, machine: Machine, precision: str, ranges: Ranges | None) -> None:
+        self.machine, self.program = machine, machine.program
+        self.full, self.ranges = precision == FULL, ranges
+        opset = self.program.opset
+        self.plain = Numbers(False, opset)
+        self.strict = Numbers(precision == STRICT, opset)
+        self.values: dict[str, Any] = {}
+
+    def run(self, inputs: Mapping[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
+        program, path = self.program, self.machine.path
+        mil_features.check(self.machine.weights.package, program, inputs)
+        for name, declared in program.inputs.items():
+            self.values[name] = self.taken(inputs[name], declared)
+        if program.states and (state is None or state.keys() != program.states.keys()):
+            raise Refused(
+                path,
+                f"function {program.function} has the states {several(list(program.states), 5)};"
+                f" given: {several(list(state or {}), 5) or 'none'}",
+            )
+        for name, declared in program.states.items():
+            self.values[name] = self.taken((state or {})[name], declared)
+        with np.errstate(all="ignore"):
+            for step in program.steps:
+                self.step(step)
+        for name, declared in program.states.items():
+            if state is not None:
+                state[name] = self.given(self.values[name], declared.dtype)
+        return {name: self.output(name, source) for name, source in program.outputs.items()}
+
+    def taken(self, array: Any, declared: Output) -> Any:
+        """An input or state as it is computed with."""
+        array = np.asarray(array)
+        _check_shape(self.machine.path, self.program.function, "input", declared, array.shape)
+        if declared.dtype not in _FLOATS:
+            return array.astype(NUMPY[declared.dtype], copy=False)
+        if array.dtype == np.float16:
+            return widened(array)
+        array = array.astype(np.float32, copy=False)
+        return array if self.full or declared.dtype == "FLOAT32" else rounded(array)
+
+    def given(self, value: Any, dtype: str) -> Any:
+        """A value as it is handed out."""
+        if dtype == "FLOAT16" and not self.full:
+            return value.astype(np.float16)
+        return value
+
+    def output(self, name: str, source: str | Constant) -> Any:
+        if isinstance(source, Constant):
+            return self.given(np.asarray(self.machine.weights.get(source)), source.dtype)
+        return self.given(self.values[source], self.dtypes[source])
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtypes of what the function yields."""
+        found = {n: o.dtype for n, o in self.program.inputs.items()}
+        for step in self.program.steps:
+            found |= {o.name: o.dtype for o in step.outputs}
+        return found
+
+    def value(self, argument: Any, moves: bool) -> Any:
+        """An argument as an array (a text stays one)."""
+        if isinstance(argument, tuple):
+            return [self.value(a, moves) for a in argument]
+        if isinstance(argument, str):
+            return self.values[argument]
+        return self.machine.weights.get(argument)
+
+    def step(self, step: Step) -> None:
+        try:
+            run = self.on_state if step.kind in STATE_OPS else self.computed
+            results = run(step)
+        except Refused as e:
+            raise self.failed(step, str(e)) from None
+        except _FAULTS as e:
+            raise self.failed(step, f"{type(e).__name__}: {e}") from None
+        for declared, value in zip(step.outputs, results, strict=True):
+            self.values[declared.name] = value
+        for name in step.frees:
+            if name not in self.program.states:
+                self.values.pop(name, None)
+
+    def failed(self, step: Step, what: str) -> Refused:
+        return Refused(
+            self.machine.path,
+            f"op {step.kind} in function {self.program.function}: {what}",
+            tensor=step.name,
+        )
+
+    def on_state(self, step: Step) -> list[Any]:
+        parameters = STATE_OPS[step.kind]
+        name = str(step.arguments[parameters[0]])
+        if step.kind != READ:
+            value = self.value(step.arguments[parameters[1]], False)
+            declared = self.program.states[name]
+            _check_shape(self.machine.path, self.program.function, step.kind, declared, value.shape)
+            self.values[name] = value
+        return [] if step.kind == WRITE else [self.values[name]]
+
+    def computed(self, step: Step) -> list[Any]:
+        op = OPS[step.kind]
+        arguments = {p: self.value(a, op.moves) for p, a in step.arguments.items()}
+        if op.wants_numbers:
+            half = step.outputs[0].dtype == "FLOAT16"
+            arguments["numbers"] = self.strict if half else self.plain
+        found = op.run(**arguments)
+        results = found if isinstance(found, tuple) else (found,)
+        if len(results) != len(step.outputs):
+            raise ValueError(f"{len(results)} outputs, {len(step.outputs)} are declared")
+        return [
+            self.settled(step, declared, value, op.moves, arguments)
+            for declared, value in zip(step.outputs, results, strict=True)
+        ]
+
+    def settled(
+        self, step: Step, declared: Output, value: Any, moves: bool, arguments: dict[str, Any]
+    ) -> Any:
+        """A result in its declared dtype and shape."""
+        value = np.asarray(value)
+        _check_shape(self.machine.path, self.program.function, step.kind, declared, value.shape)
+        if declared.dtype not in _FLOATS:
+            return value.astype(NUMPY[declared.dtype], copy=False)
+        if value.dtype == np.float16:
+            value = widened(value)
+        elif value.dtype != np.float32:
+            value = value.astype(np.float32)
+        peak = _peak(value) if self.ranges is not None else 0.0
+        if declared.dtype == "FLOAT16" and not moves and not self.full:
+            fresh = value.base is None and not any(value is a for a in arguments.values())
+            value = rounded(value, in_place=fresh and value.flags.c_contiguous)
+        if self.ranges is not None:
+            after = peak if moves else _peak(value)
+            self.ranges.note(self.program.function, step, declared.name, peak, after)
+        return value
+
+
+def _peak(value: Any) -> float:
+    """The largest |x|; NaN if there is one."""
+    if not value.size:
+        return 0.0
+    return float(max(value.max(), -value.min())) if not np.isnan(value.max()) else float("nan")
+
+
+def _check_shape(
+    path: Any, function: str, kind: str, declared: Output, found: tuple[int, ...]
+) -> None:
+    if declared.shape is None or _fits(found, declared.shape):
+        return
+    raise Refused(
+        path,
+        f"op {kind} in function {function} yields the shape {list(found)},"
+        f" the program declares {list(declared.shape)}",
+        tensor=declared.name,
+    )
+
+
+def _fits(found: tuple[int, ...], shape: Shape) -> bool:
+    return len(found) == len(shape) and all(
+        d is None or d == n for n, d in zip(found, shape, strict=True)
+    )
