@@ -24,7 +24,7 @@ from loraduct.converters.start import can_stay, undo
 from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, packed, peft_writer
 from loraduct.formats.base import Base, differences, uncompared
-from loraduct.formats.experts import wrong_experts
+from loraduct.formats.experts import wrong_experts, zero_experts
 from loraduct.formats.folder import METADATA, Folder, model_card
 from loraduct.formats.peft_keys import PREFIX
 from loraduct.formats.safetensors_file import ordered
@@ -180,6 +180,7 @@ def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, int]
         base.architecture if base else None,
         options.name_map_file or file,
         options.name_map,
+        zero_experts(base.text_config) if base else 0,
     )
 
 
@@ -304,3 +305,8 @@ def _account_fields(adapter: Adapter, account: Account) -> None:
         how = "alpha / sqrt(r)" if adapter.config.get("use_rslora") else "alpha / r"
         shown = ", ".join(f"{s:.6g}" for s in scales[:6])
         account.fields = {"source scale": f"{shown} ({how})"} | account.fields
+    if adapter.base.quantization:
+        account.fields["trained on"] = (
+            f"a base quantised as {adapter.base.quantization}: on other weights the adapted model"
+            " differs by what that changed"
+        )

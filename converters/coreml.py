@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.converters.coreml_graph import COS, SIN, Form, function, table_name
+from loraduct.converters.coreml_inputs import arguments, kinds_of
 from loraduct.converters.decoder import Decoder, describe
 from loraduct.converters.fuse import HEAD, Weighted, fused
 from loraduct.converters.rope import rotation
 from loraduct.errors import Refused
-from loraduct.files import staged_folder, write_file
+from loraduct.files import file_chunks, replace_file, staged_folder, write_file
 from loraduct.formats.base import Base
+from loraduct.formats.companions import find
 from loraduct.formats.coreml import package, record
 from loraduct.formats.coreml.blob import Layout
 from loraduct.formats.coreml.schema import new
+from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import FLOATS, Tensor
 
 BASE = "base"
@@ -40,14 +43,14 @@ class Options:
     """How a package is shaped.
 
     ``shapes``: fixed numbers of tokens per call, one function each; none: any number in one.
-    ``inputs``: module kind -> (rank, in, out) of adapters that come as arguments.
+    ``max_rank``: adapters come as arguments, of up to this rank.
     """
 
     target: str = "iOS18"
     shapes: tuple[int, ...] = ()
     stateless: bool = False
     context: int | None = None
-    inputs: Mapping[str, tuple[int, int, int]] | None = None
+    max_rank: int | None = None
 
 
 def context_of(decoder: Decoder, wanted: int | None, file: Path) -> int:
@@ -61,7 +64,7 @@ def context_of(decoder: Decoder, wanted: int | None, file: Path) -> int:
     return context
 
 
-def forms_of(options: Options, decoder: Decoder, file: Path) -> dict[str, Form]:
+def forms_of(options: Options, decoder: Decoder, file: Path, name: str = BASE) -> dict[str, Form]:
     """The functions of the base, by name. Raises Refused for what the target can't hold."""
     stateless = options.stateless
     if options.target == "iOS17" and not stateless:
@@ -77,12 +80,13 @@ def forms_of(options: Options, decoder: Decoder, file: Path) -> dict[str, Form]:
         context=context,
         stateless=stateless,
         fused_attention=options.target != "iOS17",
-        inputs=dict(options.inputs) if options.inputs else None,
+        inputs=kinds_of(decoder, options.max_rank) if options.max_rank else None,
     )
+    if options.target == "iOS17":  # holds one function, of this name
+        return {"main": replace(one, q=options.shapes[0] if options.shapes else None)}
     if not options.shapes:
-        return {BASE: one}
-    many = len(options.shapes) > 1
-    return {f"{BASE}_q{q}" if many else BASE: replace(one, q=q) for q in options.shapes}
+        return {name: one}
+    return {f"{name}_q{q}": replace(one, q=q) for q in options.shapes}
 
 
 class Parts:
@@ -152,16 +156,13 @@ def program(
 
 
 def _describe(model: Any, described: Sequence[Any], *, multi: bool) -> None:
-    """Inputs and outputs: per function from iOS18 on, else of the one that must be ``main``."""
+    """Inputs and outputs: per function from iOS18 on, before that of the only one."""
     if multi:
         model.description.functions.extend(described)
         model.description.defaultFunctionName = described[0].name
         return
     model.description.input.extend(described[0].input)
     model.description.output.extend(described[0].output)
-    made = model.mlProgram.functions[described[0].name]
-    model.mlProgram.functions["main"].CopyFrom(made)
-    del model.mlProgram.functions[described[0].name]
 
 
 def identifiers(model: Any) -> tuple[str, str]:
@@ -189,25 +190,58 @@ def build(
     output: Path,
     options: Options,
     *,
-    merged: Weighted = (),
+    merged: tuple[str, Weighted] | None = None,
+    inputs: Mapping[str, Weighted] | None = None,
     then: Callable[[Path], None] | None = None,
-) -> None:
-    """Write the package of a base, with ``merged`` adapters (and weights) fused into it.
+) -> list[Path]:
+    """Write the package of a base, its tokenizer beside it; returns all that was written.
 
-    ``then`` is called with the new package's folder before it takes its place, to add functions.
+    ``merged``: a name and the adapters (with weights) that are fused into the weights. ``inputs``:
+    adapters that come as arguments, each written as safetensors beside the package. ``then`` is
+    called with the new package's folder before it takes its place, to add functions to it.
     Adapters have transformers' names (`loraduct.converters.neutral`).
     """
     decoder = describe(base)
-    forms = forms_of(options, decoder, base.path / "config.json")
     tensors = dict(base.tensors)
     if decoder.tied:
         tensors.pop(HEAD, None)  # some files hold a copy
-    if merged:
-        tensors = fused(tensors, merged, decoder.tied)
+    name = BASE
+    if merged is not None:
+        name = merged[0]
+        tensors = fused(tensors, merged[1], decoder.tied)
         decoder = replace(decoder, tied=decoder.tied and HEAD not in tensors)
-    context = next(iter(forms.values())).context
-    model, layout = program(base, decoder, forms, with_tables(base, tensors, decoder, context))
-    record.write(model, record.fresh(base, {n: f.q for n, f in forms.items()}))
+    forms = forms_of(options, decoder, base.path / "config.json", name)
+    first = next(iter(forms.values()))
+    model, layout = program(
+        base, decoder, forms, with_tables(base, tensors, decoder, first.context)
+    )
+    made = record.fresh(base, {n: f.q for n, f in forms.items()})
+    made["base"]["tied"] = decoder.tied
+    made["context"] = first.context
+    if merged is not None:
+        made["merged"] = [[a.path.name, weight] for a, weight in merged[1]]
+    record.write(model, made)
+    beside = {
+        f"{output.stem}.{n}.safetensors": arguments(adapters, decoder, first.inputs or {})
+        for n, adapters in (inputs or {}).items()
+    }
     with written(output, model, layout.chunks()) as stage:
         if then is not None:
             then(stage)
+    done = [output]
+    for file, given in beside.items():
+        replace_file(output.parent / file, serialized(given, {"format": "coreml"}, {}))
+        done.append(output.parent / file)
+    return done + _tokenizer(base, output)
+
+
+def _tokenizer(base: Base, output: Path) -> list[Path]:
+    """The base's tokenizer files in a folder beside the package; none where it has none."""
+    files = [f for f in find(base.path)[0] if f.name != "README.md"]
+    if not any(f.name.startswith("tokenizer") for f in files):
+        return []
+    target = output.with_name(f"{output.stem}.tokenizer")
+    with staged_folder(target) as stage:
+        for file in files:
+            write_file(stage / file.name, file_chunks(file))
+    return [target]

@@ -85,7 +85,8 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted) -> Found | None:
     size = float(np.linalg.norm(difference))
     noise = rounding_sigma(after, new.dtype) * math.sqrt(difference.size)
     tensors = [
-        given(f"{new.name}.{n}", [new, old], x.shape, lambda x=x: x) for n, x in (("a", a), ("b", b))
+        given(f"{new.name}.{n}", [new, old], x.shape, lambda x=x: x)
+        for n, x in (("a", a), ("b", b))
     ]
     update = LowRank(tensors[0], tensors[1], 1.0)
     return Found(update, a.shape[0], residual / size, noise / size)

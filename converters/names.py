@@ -37,8 +37,11 @@ def rename(
     model_type: str | None,
     file: Path,
     name_map: Mapping[str, str] | None,
+    zeros: int = 0,
 ) -> tuple[Adapter, Joined, str | None]:
     """The adapter in the other side's names, what was joined, and a note for the user.
+
+    ``zeros``: how many experts of the base have no effect (`formats.experts.zero_experts`).
 
     Raises Refused naming the first module that has no counterpart.
     """
@@ -63,10 +66,10 @@ def rename(
         rules, note = rules_for(updates, model_type, file, reverse=reverse, blocks=blocks)
         _check_turned(updates, rules, model_type, adapter.weights)
         if reverse:
-            made, joined = _to_hf(updates, rules, adapter.weights)
+            made, joined = _to_hf(updates, rules, adapter.weights, zeros)
         else:
             before = (adapter.origin or {}).get("joined", {})
-            made = _to_mlx(updates, rules, before, adapter.weights)
+            made = _to_mlx(updates, rules, before, adapter.weights, zeros)
         done |= made
     return replace(adapter, updates=done, naming=naming), joined, note
 
@@ -91,7 +94,8 @@ def _check_turned(
 ) -> None:
     """Which way round such factors are is checked against the base's width (`formats.experts`)."""
     for module, u in updates.items():
-        if not rules[pattern_of(module)].turned:
+        rule = rules[pattern_of(module)]
+        if not (rule.turned or rule.zeros):
             continue
         if model_type is None:
             what = "are experts whose factors PEFT has the other way round; give --base BASE"
@@ -132,7 +136,11 @@ def _check_equal(model_type: str | None, file: Path) -> None:
 
 
 def _to_mlx(
-    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], joined: Joined, file: Path
+    updates: Mapping[str, LowRank],
+    rules: Mapping[str, Rule],
+    joined: Joined,
+    file: Path,
+    zeros: int,
 ) -> dict[str, LowRank]:
     done: dict[str, LowRank] = {}
     stacks: dict[str, dict[int, str]] = {}
@@ -146,6 +154,7 @@ def _to_mlx(
         if rule.how == "rows":
             raise Refused(file, _IN_ROWS, tensor=module)
         update = _turned(update) if rule.turned else update
+        update = _of_experts(update, update.shape[0] - zeros) if rule.zeros else update
         made = [update] if rule.how == "same" else _split(update, rule.how, joined.get(module, 0))
         for name, one in zip(names, made, strict=True):
             _put(
@@ -207,6 +216,16 @@ def _turned(update: LowRank) -> LowRank:
     return replace(update, a=a, b=b)
 
 
+def _of_experts(update: LowRank, number: int) -> LowRank:
+    """Of so many experts: those that are left out, or added, have no effect whatever they hold."""
+    tensors = (update.a, update.b)
+    if number > update.shape[0]:
+        a, b = (resized(t, 0, number) for t in tensors)
+    else:
+        a, b = (part(t, 0, 0, number) for t in tensors)
+    return replace(update, a=a, b=b)
+
+
 def _stack(members: list[LowRank]) -> LowRank:
     """One update of all experts from one of each; ranks are padded, scales folded into b."""
     rank = max(u.rank for u in members)
@@ -227,7 +246,7 @@ def _one_scale(updates: list[LowRank]) -> tuple[list[LowRank], float]:
 
 
 def _to_hf(
-    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], file: Path
+    updates: Mapping[str, LowRank], rules: Mapping[str, Rule], file: Path, zeros: int
 ) -> tuple[dict[str, LowRank], Joined]:
     done: dict[str, LowRank] = {}
     ranks: Joined = {}
@@ -248,6 +267,7 @@ def _to_hf(
         halves = [updates[found[i]] if i in found else None for i in range(2)]
         one = _join(halves, rule.how)
         one = _turned(one) if rule.turned else one
+        one = _of_experts(one, one.shape[0] + zeros) if rule.zeros else one
         _put(done, name, one, file, next(iter(found.values())))
         if len(found) == 2 and done[name].rank > updates[found[0]].rank:
             ranks[name] = updates[found[0]].rank

@@ -55,6 +55,9 @@ def settle(adapter: Adapter, base: Base | None, *, allowed: bool, untied: bool) 
         raise Refused(adapter.weights, what, tensor=first)
     if base.tied is False or untied:
         return Settled(adapter)  # that the base can be untied is checked where it is written
+    if base.tied is None and base.stored_head is not None and has_form(base):
+        what = "does not say whether the head is tied; set tie_word_embeddings in it"
+        raise Refused(base.path / "config.json", what)
     pair = adapter.low_rank.get(embedding or ""), adapter.low_rank.get(head or "")
     if pair[0] and pair[1] and _one_matrix(pair[0], pair[1]):
         kept = {m: u for m, u in adapter.updates.items() if m != head}
@@ -62,9 +65,6 @@ def settle(adapter: Adapter, base: Base | None, *, allowed: bool, untied: bool) 
     if not allowed:
         raise Refused(adapter.weights, _reason(base, embedding, head), tensor=first)
     _check_plain(adapter, base, pair[1])
-    if base.tied is None and has_form(base) and base.stored_head is not None:
-        what = "does not say whether the head is tied; set tie_word_embeddings in it"
-        raise Refused(base.path / "config.json", what)
     return _approximated(adapter, base, embedding, head)
 
 

@@ -30,6 +30,7 @@ class Rule:
     an expert, its last index), ``rows`` (mlx has one module an expert). ``router``: a bare
     parameter in transformers 5, where mlx-lm has a linear layer. ``turned``: PEFT's factors belong to
     the transposed weight, as transformers does not tell it that the parameter is (in, out).
+    ``zeros``: transformers has more experts than mlx-lm, the last of which have no effect.
     """
 
     hf: str
@@ -37,6 +38,7 @@ class Rule:
     how: str = "same"
     router: bool = False
     turned: bool = False
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def _architecture(entry: Mapping[str, Any], sets: Mapping[str, list[str]]) -> Ar
     rules = [Rule(p, (p,), "same", p == router) for p in sorted(equal)]
     for hf, mlx, how, *marks in entry.get("rules", []):
         names = (mlx,) if isinstance(mlx, str) else tuple(mlx)
-        rules.append(Rule(hf, names, how, hf == router, "turned" in marks))
+        marked = ("turned" in marks, "zero experts" in marks)
+        rules.append(Rule(hf, names, how, hf == router, *marked))
     by_mlx: dict[str, Rule] = {}
     for rule in rules:
         for name in rule.mlx if rule.how != "stack" else ():
@@ -148,7 +151,12 @@ def rules_for(
             if pattern not in rules:
                 raise Refused(file, _missing(pattern, [model_type]), tensor=module)
         return {p: rules[p] for p in patterns}, None
-    fitting = [m for m, e in known.items() if patterns.keys() <= e.rules(reverse).keys()]
+    fitting = [
+        m
+        for m, e in known.items()
+        if patterns.keys() <= e.rules(reverse).keys()
+        and not any(e.rules(reverse)[p].zeros for p in patterns)  # how many tells the base alone
+    ]
     for pattern, module in patterns.items():
         if not any(pattern in e.rules(reverse) for e in known.values()):
             differing = [m for m, e in known.items() if pattern in e.blocked]
@@ -162,7 +170,7 @@ def rules_for(
     if equal:  # by far the most common: taken as such, and said where others differ
         chosen = known[equal[0]].rules(reverse)
         differ = [m for m in fitting if m not in equal]
-        for variant in {without_experts(m) for m in equal} & {*differ}:
+        for variant in [m for m in differ if m in map(without_experts, equal)]:
             odd = next(p for p in patterns if known[variant].rules(reverse)[p] != chosen[p])
             what = f"is another module of mlx-lm in a {variant}; give --base BASE"
             raise Refused(file, what, tensor=patterns[odd])

@@ -252,6 +252,11 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """A new folder within one that is being written."""
+    os.mkdir(path)
+
+
 def write_file(path: Path, chunks: Iterable[Any]) -> None:
     """A new file from pieces of bytes or contiguous arrays, synced."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -292,17 +297,59 @@ def replace_file(target: Path, chunks: Iterable[Any]) -> None:
     folder = target.parent
     lock = locked(folder) if os.access(folder.parent, os.W_OK) else contextlib.nullcontext()
     with os_errors(target), lock:
-        _remove_left(target, "tmp")
-        stage = _beside(target, "tmp")
+        swap_file(target, chunks)
+
+
+def swap_file(target: Path, chunks: Iterable[Any]) -> None:
+    """As `replace_file`, for who holds the lock already."""
+    _remove_left(target, "tmp")
+    stage = _beside(target, "tmp")
+    try:
+        write_file(stage, chunks)
+        os.replace(stage, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(stage)
+        raise
+    with contextlib.suppress(OSError):
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def editing(folder: Path) -> Iterator[Path]:
+    """The only writer of what is in ``folder``, which is edited in place."""
+    folder = resolved(folder)
+    with os_errors(folder), locked(folder):
+        yield folder
+
+
+def append(path: Path, start: int, chunks: Iterable[Any], head: bytes) -> int:
+    """Put pieces behind the first ``start`` bytes of a file, synced; then ``head`` at its beginning.
+
+    What was behind ``start`` goes, and so do the pieces if one of them can't be had or written.
+    Returns the bytes written. For who holds the lock.
+    """
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    try:
+        if os.fstat(fd).st_nlink > 1:
+            raise Refused(path, "is a hard link that other folders share; copy the folder first")
+        os.ftruncate(fd, start)
+        done = start
         try:
-            write_file(stage, chunks)
-            os.replace(stage, target)
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                while len(view):
+                    written = os.pwrite(fd, view, done)
+                    view, done = view[written:], done + written
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(stage)
+                os.ftruncate(fd, start)
             raise
-        with contextlib.suppress(OSError):
-            sync(target.parent)
+        os.fsync(fd)
+        os.pwrite(fd, head, 0)
+    finally:
+        os.close(fd)
+    return done - start
 
 
 def file_chunks(path: Path) -> Iterator[bytearray]:

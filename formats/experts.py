@@ -21,6 +21,12 @@ def number_of(config: Mapping[str, Any]) -> int | None:
     return next((n for k in _NUMBER if type(n := config.get(k)) is int), None)
 
 
+def zero_experts(config: Mapping[str, Any]) -> int:
+    """How many experts do nothing: LongCat's, of which transformers has rows in one parameter."""
+    count = config.get("zero_expert_num")
+    return count if type(count) is int and count > 0 else 0
+
+
 def wrong_experts(adapter: Adapter, base: Base) -> list[Refused]:
     """Updates of experts whose number is not the base's, or (by mlx-lm's names) whose size isn't."""
     found = []
@@ -32,7 +38,8 @@ def wrong_experts(adapter: Adapter, base: Base) -> list[Refused]:
 
 def _unlike(module: str, u: LowRank, naming: str, base: Base) -> str | None:
     number, width = number_of(base.text_config), base.text_config.get("hidden_size")
-    if number is not None and u.shape[0] != number:
+    every = (number or 0) + (zero_experts(base.text_config) if naming == "hf" else 0)
+    if number is not None and u.shape[0] not in (number, every):
         return f"has {u.shape[0]} experts, the base {base.path} has {number}"
     at = _WIDTH_AT.get(module.rpartition(".")[2]) if naming == "mlx" else None
     if at is not None and type(width) is int and u.shape[at] != width:

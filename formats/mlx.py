@@ -201,7 +201,9 @@ def _low_rank(
                 tensor=name,
             )
         parts.setdefault(module, {})[_LEAVES[leaf]] = tensor
-    return {m: _update(m, part, rank, scale, dora, weights) for m, part in parts.items()}
+    found = {m: _update(m, part, rank, scale, dora, weights) for m, part in parts.items()}
+    mlx_lists.check_gaps(found, weights)
+    return found
 
 
 def _update(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loraduct.adapter import LowRank, Note
 from loraduct.errors import Refused
+from loraduct.text import printable
 
 if TYPE_CHECKING:
     from loraduct.formats.base import Base
@@ -52,6 +53,18 @@ def parts(modules: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
+def check_gaps(updates: Mapping[str, LowRank], file: Path) -> None:
+    """Refuse a list with a gap: mlx-lm loads it, and fails when it runs. One that ends early is fine."""
+    for layer, there in parts(updates).items():
+        if absent := sorted(set(range(max(there))) - set(there)):
+            raise Refused(
+                file,
+                f"is part {max(there)} of {printable(layer)}, whose part {absent[0]} is not there: mlx-lm"
+                " can't run such a list; keep that part, or leave out those behind it",
+                tensor=updates[f"{layer}[{max(there)}]"].a.name,
+            )
+
+
 def misfits(updates: Mapping[str, LowRank], base: Base, file: Path) -> list[Refused]:
     """Layers in parts whose sizes are not those of the base's fused weight.
 
@@ -62,9 +75,10 @@ def misfits(updates: Mapping[str, LowRank], base: Base, file: Path) -> list[Refu
         members = [updates[f"{layer}[{i}]"] for i in there]
         rows, columns = sum(u.shape[0] for u in members), members[0].shape[1]
         shape = base.shape_of(layer)
-        if shape is not None and shape[1] == columns:
-            if rows == shape[0] or (len(there) < PARTS and rows < shape[0]):
-                continue
+        whole_fits = shape == (rows, columns)
+        part_fits = shape is not None and shape[1] == columns and rows < shape[0]
+        if whole_fits or (part_fits and len(there) < PARTS):
+            continue
         has = list(shape) if shape else f"no weight {layer}.weight"
         what = (
             f"updates a weight of shape {[rows, columns]} in parts, the base {base.path} has {has}"

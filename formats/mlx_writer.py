@@ -65,6 +65,7 @@ def check_expressible(adapter: Adapter) -> None:
         )
     if not adapter.low_rank:
         raise Refused(adapter.path, "no low-rank update is left to write")
+    mlx_lists.check_gaps(adapter.low_rank, adapter.weights)
     for field, what in peft_config.PEFT_ONLY.items():
         if adapter.format == "peft" and adapter.config.get(field) not in (None, []):
             raise Refused(adapter.path / CONFIG, f"{field} is set: {what}")

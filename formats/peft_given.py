@@ -31,7 +31,8 @@ Part = tuple[Sequence[Tensor], Callable[[], Array]]  # what it is made from, and
 class Given:
     """One module's tensors by leaf, those shared by all modules, the config, and the base's part.
 
-    ``shape`` is (out, in) of the base's weight, when the base is known.
+    ``shape`` is (out, in) of the base's weight, when the base is known; ``modules``: how many the
+    file has.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Given:
     shape: tuple[int, int] | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    modules: int = 1
 
     def refuse(self, what: str, leaf: str | None = None) -> Refused:
         """A refusal that names the tensor, or the module."""

@@ -46,11 +46,13 @@ def read(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Adapt
     parts, shared, plain = _sorted(tensors, tuner, weights)
     if not parts:
         raise Refused(weights, f"holds no tensors of the {kind} that {CONFIG} says it is")
-    _check_targets(list(parts), config, config_file, weights)
+    _check_targets(_named(parts, config, config_file), config, config_file, weights)
+    if tuner.form == "rows":
+        _check_rows(parts, config, weights)
     updates: dict[str, Update] = {}
     aside: list[Tensor] = []
     for module, leaves in parts.items():
-        g = Given(tuner.name, module, leaves, shared, config, folder, weights)
+        g = Given(tuner.name, module, leaves, shared, config, folder, weights, modules=len(parts))
         known = _with_base(g, tuner, options.base)
         found = {g.module: known} if isinstance(known, Dense) else _updates(known, tuner)
         updates |= found
@@ -88,7 +90,7 @@ def _bias(config: Mapping[str, Any]) -> str:
 
 def _updates(g: Given, tuner: Tuner) -> dict[str, Update]:
     """The module's update, and its bias's."""
-    if tuner.form == "replacement":
+    if tuner.form in ("replacement", "rows"):
         leaves = {f"{g.module}.{k.rpartition('.')[2]}": t for k, t in g.tensors.items()}
         return {name: Replacement(t, tuner.name) for name, t in leaves.items()}
     assert tuner.make is not None
@@ -138,6 +140,27 @@ def _check_shared(
     for tensor in shared.values():
         if tensor.name not in used:
             raise Refused(weights, f"no {tuner.name} module uses it", tensor=tensor.name)
+
+
+def _named(parts: Parts, config: Mapping[str, Any], file: Path) -> list[str]:
+    """Modules that the config must name: a tied head has the rows of the embedding, which it does."""
+    leaf = "trainable_tokens_delta"
+    targeted = peft_config.targeted(config, list(parts), file)
+    rows = [
+        p[leaf] for p, named in zip(parts.values(), targeted, strict=True) if leaf in p and named
+    ]
+    return [m for m, p in parts.items() if leaf not in p or not any(same(p[leaf], r) for r in rows)]
+
+
+def _check_rows(parts: Parts, config: Mapping[str, Any], weights: Path) -> None:
+    """Rows of the embedding, as many as the config has indices (tuners/trainable_tokens/layer.py)."""
+    indices = config.get("token_indices")
+    listed = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+    for tensor in (t for leaves in parts.values() for t in leaves.values()):
+        if not listed or len(tensor.shape) != 2 or tensor.shape[0] != len(indices or ()):
+            found = f"{len(indices)} indices" if listed and indices else "no list of indices"
+            what = f"shape {list(tensor.shape)}, but token_indices in {CONFIG} gives {found}"
+            raise Refused(weights, what, tensor=tensor.name)
 
 
 def _check_targets(

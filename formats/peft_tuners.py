@@ -24,7 +24,8 @@ from loraduct.formats.peft_given import Given
 class Tuner:
     """One method. ``name``: for people. ``marks``: how its words in keys begin.
 
-    ``form``: ``low-rank`` (exact), ``dense`` (full rank), ``replacement`` or ``refused``. ``base``:
+    ``form``: ``low-rank`` (exact), ``dense`` (full rank), ``replacement``, ``rows`` (of the
+    embedding, replaced) or ``refused``. ``base``:
     what of the base is needed, ``shapes`` or ``weights``. ``why``: the reason of a refusal.
     ``make`` gives the update (None: it does nothing), ``bias`` the base's bias as it leaves it.
     ``integers``: leaves that hold indices. ``aside``: leaves that may be left over, without effect.
@@ -122,11 +123,7 @@ TUNERS: dict[str, Tuner] = {
         why="changes rows that scikit-learn's clustering of the base's weight chooses, and the file"
         " does not say which",
     ),
-    "TRAINABLE_TOKENS": Tuner(
-        "trainable tokens",
-        why="replaces rows of the embedding, which a LoRA adapter has no place for on its own; in"
-        " PEFT, train them with trainable_token_indices of a LoRA",
-    ),
+    "TRAINABLE_TOKENS": Tuner("trainable tokens", ("trainable_tokens_",), "rows"),
     "BONE": Tuner(
         "Bone",
         why="is not in PEFT 0.21 any more; MiSS took its place",

@@ -6,6 +6,7 @@ o x i the shape of the base's weight, and the file it was read in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -22,7 +23,8 @@ from loraduct.formats.peft_given import (
     low_rank,
     wide,
 )
-from loraduct.tensor import Tensor
+from loraduct.formats.torch_draws import first_normals
+from loraduct.tensor import UNIT_ROUNDOFF, Tensor
 
 
 def adalora(g: Given) -> LowRank | None:
@@ -273,19 +275,11 @@ def gralora(g: Given) -> LowRank:
 def tinylora(g: Given) -> LowRank:
     """dW = B @ (sum_j v[j] * P[j]) @ A; A (r, i), B (o, r), P (u, r, r), v (u,) shared by groups.
 
-    tuners/tinylora/layer.py. Which group a module is in follows from the order of modules in the
-    model, which the file does not hold: only one group for all (weight_tying 1) can be told.
+    tuners/tinylora/layer.py.
     """
-    vectors = {name: t for name, t in g.shared.items() if name.startswith("tinylora_v.")}
-    if len(vectors) != 1 or g.number("weight_tying", 0) != 1:
-        raise g.refuse(
-            f"has {len(vectors)} shared vectors, and which one is of this module follows from the"
-            " order of modules in the model, which the file does not hold; train with"
-            " weight_tying=1.0, or convert it in PEFT with peft.save_as_lora"
-        )
-    (vector,) = vectors.values()
     u = g.count("u", 64)
     n = g.sizes(tinylora_A="r i", tinylora_B="o r", tinylora_P=f"{u} r r")
+    vector = g.find(f"tinylora_v.{_tinylora_group(g)}")
     if n["r"] != min(g.count("r", 2), n["o"], n["i"]):
         raise g.refuse(f"rank {n['r']}, the config says {g.count('r', 2)}", "tinylora_A")
     a, b, p = (g.find(f"tinylora_{leaf}") for leaf in "ABP")
@@ -293,6 +287,37 @@ def tinylora(g: Given) -> LowRank:
         raise g.refuse(f"shape {list(vector.shape)}, expected {[u]}")
     right = ([a, p, vector], lambda: np.tensordot(wide(vector), wide(p), 1) @ wide(a))
     return low_rank(g, right, ([b], lambda: wide(b)), (n["o"], n["i"], n["r"]), 1.0)
+
+
+def _tinylora_group(g: Given) -> int:
+    """Which of the shared vectors is a module's (tuners/tinylora/model.py:_create_and_replace).
+
+    Groups are made of neighbours in the order of modules in the model. The file does not hold it,
+    but P, which PEFT draws by projection_seed + place in that order.
+    """
+    tying, modules = g.number("weight_tying", 0), g.modules
+    groups = max(1, round(modules * (1.0 - tying)))
+    if groups == 1:
+        return 0
+    p, seed = g.find("tinylora_P"), g.config.get("projection_seed", 42)
+    if type(seed) is not int or not 0 <= seed < (1 << 32) - modules:
+        raise g.refuse(f"projection_seed is {seed!r}, expected an integer below 2**32")
+    size = math.prod(p.shape)
+    stored = wide(p).ravel()[:16] * p.shape[1] ** 0.5
+    fits = []
+    for place in range(modules):
+        drawn = first_normals(size, seed + place)
+        off = np.abs(stored[: len(drawn)] - drawn)
+        if (off <= 2 * UNIT_ROUNDOFF[p.stored_dtype] * np.abs(drawn) + 1e-5).all():
+            fits.append(place)
+    if len(fits) != 1:
+        raise g.refuse(
+            "which shared vector is of this module follows from its place in the model, and that is"
+            f" not told by these values: they are drawn for {len(fits)} places of {modules} by"
+            f" projection_seed {seed}; convert it in PEFT with peft.save_as_lora",
+            "tinylora_P",
+        )
+    return min(fits[0] // max(1, modules // groups), groups - 1)
 
 
 def unilora(g: Given) -> LowRank:

@@ -73,27 +73,41 @@ def _neumann(skew: Array, terms: int) -> Array:
 
 
 def boft(g: Given) -> Dense:
-    """W' = s * W @ R.T, R block-diagonal of Cayley's of the skew part of boft_R (1, n, b, b).
+    """W' = s * W @ R_1.T @ R_2.T ..., from the skew parts of boft_R (factors, n, b, b).
 
-    tuners/boft/layer.py. s (o, 1). More than one butterfly factor needs permutations that PEFT has
-    only with its CUDA extension: on any other machine it makes one of it.
+    tuners/boft/layer.py. s (o, 1). Each R is block-diagonal, of Cayley's, with its rows and columns
+    permuted (`_butterfly`). More than one factor there is only where PEFT's CUDA extension was built:
+    elsewhere PEFT makes one of it, whatever the config says.
     """
     g.sizes(boft_R="* n b b", boft_s="o 1")
     blocks, scales = g.find("boft_R"), g.find("boft_s")
     factors, count, size, _ = blocks.shape
     out, inner = g.out_in
-    if factors != 1:
-        raise g.refuse(f"has {factors} butterfly factors; only 1 is carried", "boft_R")
-    if count * size != inner:
+    said = g.count("boft_n_butterfly_factor", 1)
+    if factors not in (1, said):
+        raise g.refuse(f"has {factors} butterfly factors, the config says {said}", "boft_R")
+    whole = count * size == inner
+    if not whole or (factors > 1 and (size % 2 or count % 2 ** (factors - 1))):
         raise g.refuse(f"shape {list(blocks.shape)} is not of blocks of {inner}", "boft_R")
 
     def new(weight: Array) -> Array:
-        free = wide(blocks)[0]
-        turn = _cayley(0.5 * (free - free.transpose(0, 2, 1)))
-        parts = np.einsum("onk,nck->onc", weight.reshape(out, count, size), turn)
-        return parts.reshape(out, inner) * wide(scales)
+        for i, free in enumerate(wide(blocks)):
+            turn = _cayley(0.5 * (free - free.transpose(0, 2, 1)))
+            order = _butterfly(inner, size, i)
+            sorted_back = weight[:, np.argsort(order)].reshape(out, count, size)
+            weight = np.einsum("onk,nck->onc", sorted_back, turn).reshape(out, inner)[:, order]
+        return weight * wide(scales)
 
     return changed(g, [blocks, scales], new, "the weight is turned and scaled")
+
+
+def _butterfly(inner: int, size: int, level: int) -> Array:
+    """Which input stands where: in every 2**level blocks the even half-blocks, then the odd ones."""
+    half = size // 2
+    if not level:
+        return np.arange(inner)
+    groups = np.arange(inner).reshape(-1, 2**level, 2, half)
+    return groups.transpose(0, 2, 1, 3).reshape(inner)
 
 
 def hra(g: Given) -> LowRank:

@@ -212,7 +212,8 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
             f"is {adapter.technique or 'a full fine-tune, not an adapter'}: it replaces whole"
             " parameters and has no low-rank form to write for PEFT",
         )
-    if not adapter.low_rank:
+    rows = _is_rows(adapter)
+    if not adapter.low_rank and not (rows and adapter.replacements):
         raise Refused(adapter.path, "no low-rank update is left; PEFT needs at least one")
     account = Account()
     tensors: dict[str, Tensor] = {}
@@ -237,6 +238,8 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
         module, _, leaf = name.rpartition(".")
         inner = ".base_layer" if replacement.origin == "bias" and module in targeted else ""
         put(f"{PREFIX}{module}{inner}.{leaf}", replacement.weight)
+    if rows:
+        return ordered(tensors), dict(adapter.config), account
     config, account.fields = config_for(adapter)
     if bare and (config.get("rank_pattern") or config.get("alpha_pattern")):
         account.notes.append(
@@ -244,6 +247,11 @@ def layout(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any], Account
             " are ignored: it uses them all the same"
         )
     return ordered(tensors), config, account
+
+
+def _is_rows(adapter: Adapter) -> bool:
+    """PEFT's trainable tokens as a method of their own: what is read is what is written."""
+    return adapter.format == "peft" and adapter.config.get("peft_type") == "TRAINABLE_TOKENS"
 
 
 def reachable(adapter: Adapter) -> Adapter:
@@ -291,6 +299,9 @@ def uniform_config(adapter: Adapter) -> Adapter:
 def narrowed(adapter: Adapter, dropped: Mapping[str, Update]) -> Adapter:
     """The adapter's config cut down to the updates that are left when ``dropped`` are not."""
     config = dict(adapter.config)
+    if _is_rows(adapter):
+        left = [n.rpartition(".")[0] for n in adapter.replacements]
+        return replace(adapter, config=config | {"target_modules": left}, origin=None)
     gone = [n for n, u in dropped.items() if not isinstance(u, Replacement)]
     config |= targets_of(adapter, gone)
     config["init_lora_weights"] = True  # false would fill what PEFT misses with random numbers

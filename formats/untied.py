@@ -22,6 +22,7 @@ from loraduct.formats.base import HEADS, Base
 from loraduct.formats.json_file import dump, read_object
 from loraduct.formats.safetensors_file import read_header
 from loraduct.tensor import Tensor
+from loraduct.text import printable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,10 +65,11 @@ def plan(base: Base) -> Untied:
         )
     known = table().get(base.model_type)
     if known is None or not has_form(base):
+        why = known.blocked.get("lm_head") if known else None
         raise Refused(
             base.path / CONFIG,
-            f"is a {base.model_type} model, of which mlx-lm has no form with a head of its own (it uses"
-            " the embedding, whatever tie_word_embeddings says): --untie-base can't help;"
+            f"is a {printable(base.model_type, 60)} model, of which no form with a head of its own is"
+            f" known in mlx-lm ({why or 'its verified modules have none'}): --untie-base can't help;"
             " --allow-approximate can",
         )
     if not base.has_weights:

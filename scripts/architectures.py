@@ -18,7 +18,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ ABOUT = (
     " first is what transformers 5 has in memory. blocked: what can't be carried, and why. router: a"
     " linear layer in mlx-lm, in transformers 5 a module that PEFT can't target as one."
     " turned: PEFT's factors of it are the other way round, as transformers does not tell it that the"
-    " parameter is (in, out). See scripts/architectures.py"
+    " parameter is (in, out). zero experts: its last experts are without effect, and not in mlx-lm."
+    " See scripts/architectures.py"
 )
 HEADS = "it is split by attention heads in mlx-lm, which no low-rank factor survives"
 CONVOLUTION = "it is a convolution, for which mlx-lm has no low-rank layer"
@@ -61,7 +62,6 @@ BARE = "it is a bare parameter in mlx-lm, not a linear layer"
 TIED = "mlx-lm uses the embedding as the output head"
 VISION = "mlx-lm has only the language part of the model"
 ABSENT = "mlx-lm has no such module"
-ZERO = "it has rows for experts without weights (zero experts), which mlx-lm leaves out"
 SCALED = "mlx-lm multiplies its weight by numbers of the base's config, and not the update"
 VARIES = (
     "its counterpart in mlx-lm depends on the base's config (not the same with and without experts)"
@@ -81,9 +81,10 @@ class Fact:
     how: str
     part: int = 0  # of halves or interleaved rows: which
     transposed: bool = False  # the transformers weight is (in, out)
+    zeros: bool = False  # it has more experts than mlx-lm: the last ones are without effect
 
 
-def fact_of_one(path: str, new: Array, name: str, old: Array) -> Fact | str | None:
+def fact_of_one(path: str, new: Array, name: str, old: Array) -> Fact | None:
     """How one mlx-lm weight comes from one transformers tensor."""
     for transposed in (False, True):
         rows = old.swapaxes(-1, -2) if transposed else old
@@ -101,7 +102,8 @@ def fact_of_one(path: str, new: Array, name: str, old: Array) -> Fact | str | No
             if np.array_equal(old[indices(path)[-1] * len(own) :][: len(own)], own):
                 return Fact(pattern_of(path), "rows", 0, transposed)
     if old.ndim == new.ndim == 3 and len(old) > len(new):
-        return fact_of_one(path, new, name, old[: len(new)]) and ZERO
+        fact = fact_of_one(path, new, name, old[: len(new)])
+        return replace(fact, zeros=True) if fact else None
     return None
 
 
@@ -156,10 +158,11 @@ def rule_of(pattern: str, found: set[Fact | str]) -> Rule | str:
     names = [f.mlx for f in parts]
     if len({f.how for f in parts}) > 1 or [f.part for f in parts] != list(range(len(parts))):
         return OTHER
+    zeros = ["zero experts"] if any(f.zeros for f in parts) else []
     if how in ("halves", "interleaved"):
-        return [pattern, names, how] if len(parts) == 2 else OTHER
+        return [pattern, names, how, *zeros] if len(parts) == 2 else OTHER
     transposed = ["transposed"] if how == "rows" and parts[0].transposed else []
-    return [pattern, names[0], how, *transposed]
+    return [pattern, names[0], how, *transposed, *zeros]
 
 
 def transposed(found: set[Fact | str]) -> bool:

@@ -31,6 +31,8 @@ stock PEFT merges into the weights (`tests/conformance/test_tuners.py`).
   that loss at rank {rank}, the median over the modules of a tiny model (widths 48 to 112) whose
   adapter holds random numbers; a trained one may lose less.
 - **replaced**: whole parameters; they go to MLX's full form, where all names are the same.
+- **kept**: rows of the embedding; from PEFT to PEFT they stay what they are, and neither a LoRA nor
+  mlx-lm's adapters have a place for them.
 - **base**: whether `--base` is needed: for the shapes of its weights, or for the weights.
 
 | method | peft_type | form | base | loss at rank {rank} |
@@ -48,18 +50,20 @@ NOTES = """
 - VeRA, PVeRA, RandLoRA, FRoD and TinyLoRA with `save_projection=False`, Uni-LoRA with
   `save_indices=False` and Super-Tuning with `save_precomputed_indices=False` are refused: PEFT
   makes anew what is missing, by a seed or from the base, and not the same everywhere.
-- TinyLoRA is carried with one shared vector (`weight_tying=1.0`): with more, which module has which
-  follows from the order of modules in the model.
+- TinyLoRA with several shared vectors: which module has which follows from its place in the model,
+  which is told by the numbers that PEFT drew for that place.
 - FourierFT and WaveFT draw places by a seed from torch's generator; loraduct draws the same ones
   without torch. Of WaveFT's wavelets, db1 (the default) is carried.
 - LoHa and LoKr have a low rank that can exceed the weight's own: then they are of full rank.
 - MiSS with `init_weights="bat"` depends on the base's weights and has full rank.
 - IA3, RoAd and GLoRA scale the output, and with it the base's bias: PEFT's form holds the new bias,
   MLX's does not.
-- BOFT with more than one butterfly factor, PVeRA with `sample_at_inference`, convolutions and
+- BOFT has more than one butterfly factor only where PEFT's CUDA extension was built; such files are
+  read as PEFT reads them there.
+- PVeRA with `sample_at_inference`, convolutions and
   embeddings of these methods are refused.
 """
-FORMS = {"low-rank": "exact", "dense": "full rank", "replacement": "replaced"}
+FORMS = {"low-rank": "exact", "dense": "full rank", "replacement": "replaced", "rows": "kept"}
 
 
 def load(name: str) -> ModuleType:

@@ -23,7 +23,7 @@ MODULES = [
     f"model.layers.{i}.{m}"
     for i in range(12)
     for m in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
-] + ["lm_head"]
+] + ["lm_head", "model.layers.2.inner.layers.1.mlp.down_proj", "h.2.layers.0.q_proj"]
 KEYS = st.sampled_from(
     ["q_proj", "self_attn.q_proj", "layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj",
      r".*\.k_proj", r"layers\.\d\..*", "^model.layers.1.*", "lm_head", "self_attn", "ayers.0.mlp.down_proj",

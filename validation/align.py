@@ -17,6 +17,7 @@ from loraduct.architectures import Rule, renamed, renamer, table
 from loraduct.computed import moved
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
+from loraduct.formats.experts import number_of
 from loraduct.modules import block_of, pattern_of
 from loraduct.validation.checks import Check
 
@@ -125,6 +126,7 @@ def aligned(adapter: Adapter, base: Base, names: NameMap | None) -> dict[str, Up
         rule = rules.get(pattern, _SAME)
         targets = [renamed(module, pattern, name) for name in rule.mlx]
         u = _transposed(u) if rule.turned and u.layout == "experts" else u
+        u = _routed(u, base) if rule.zeros and u.layout == "experts" else u
         if rule.how in _CUTS:
             for name, cut in zip(targets, _CUTS[rule.how], strict=True):
                 found[name] = _cut(u, cut)
@@ -163,6 +165,13 @@ _CUTS = {"halves": (_halves(0), _halves(1)), "interleaved": (_turns(0), _turns(1
 def _cut(u: LowRank, cut: Callable[[Any], Any]) -> LowRank:
     shape = (*u.b.shape[:-2], u.b.shape[-2] // 2, u.b.shape[-1])
     return replace(u, b=moved(shape, [u.b], cut))
+
+
+def _routed(u: LowRank, base: Base) -> LowRank:
+    """Without the experts that do nothing, whose factors only PEFT has."""
+    count = number_of(base.text_config) or u.shape[0]
+    a, b = (moved((count, *t.shape[1:]), [t], lambda v: v[:count]) for t in (u.a, u.b))
+    return replace(u, a=a, b=b)
 
 
 def _transposed(u: LowRank) -> LowRank:

@@ -52,7 +52,9 @@ class Session:
         left = list(ids)
         while left:
             fixed = sorted(n for n in self.machines if n)
-            q = next((n for n in reversed(fixed) if n <= len(left)), fixed[0] if fixed else len(left))
+            q = next(
+                (n for n in reversed(fixed) if n <= len(left)), fixed[0] if fixed else len(left)
+            )
             now, left = left[:q], left[q:]
             parts.append(self._call(now, q)[: len(now)])
         return np.concatenate(parts)
@@ -80,16 +82,28 @@ class Session:
         return int(state.shape[3])
 
 
+def functions(package: Package) -> dict[str, dict[int, str]]:
+    """What can be run, the default first: name -> tokens per call (0: any number) -> function."""
+    found: dict[str, dict[int, str]] = {}
+    rows = record.read(package)["functions"]
+    first = mil.default_function(package)
+    for function in sorted(rows, key=lambda f: f != first):
+        q = rows[function]["q"]
+        found.setdefault(function.removesuffix(f"_q{q}"), {})[q or 0] = function
+    return found
+
+
 def session(
     package: Package, name: str | None = None, *, weights: mil.Weights | None = None, **options: Any
 ) -> Session:
-    """The functions of adapter ``name`` (None: the base's). Raises Refused when there are none."""
+    """What runs adapter ``name`` (None: the package's default). Raises Refused if there is none."""
     weights = weights or mil.Weights(package)
-    functions = record.functions_of(package, name)
-    if not functions:
-        held = several(sorted(record.names(package)), 12) or "none"
-        raise Refused(package.path, f"holds no adapter {name!r}; it holds {held}")
-    machines = {q or 0: mil.load(package, f, weights) for f, q in functions.items()}
+    known = functions(package)
+    wanted = name or next(iter(known))
+    if wanted not in known:
+        held = several(sorted(known), 12)
+        raise Refused(package.path, f"holds no function {wanted!r}; it holds {held}")
+    machines = {q: mil.load(package, f, weights) for q, f in known[wanted].items()}
     made = Session(machines, **options)
     made.start()
     return made

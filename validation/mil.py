@@ -16,11 +16,13 @@ A run is deterministic: the same machine, package and inputs give the same bits.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraduct.errors import Refused
+from loraduct.errors import MissingExtra, Refused
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import NUMPY
 
@@ -91,12 +93,12 @@ class Weights:
 
         made = constant.make(self.exact)
         if constant.dtype == "FLOAT16":
-            size = made.size * 4
-            if made.dtype == "float16":
-                made = widened(made) if size <= self.left else made
-            elif made.dtype == "float32":
-                made = rounded(made)
-            self.left -= size if made.dtype == "float32" else 0
+            fits = made.size * 4 <= self.left
+            if made.dtype == "float32":  # decompressed just now
+                made = rounded(made) if fits else made.astype("float16")
+            elif fits:
+                made = widened(made)
+            self.left -= made.size * 4 if fits else 0
         self.held[constant.key] = made
         return made
 
@@ -184,6 +186,40 @@ def default_function(package: Package) -> str:
     if named or len(package.functions) != 1:
         return str(named or "main")
     return str(next(iter(package.functions)))
+
+
+def predict(
+    path: Path,
+    function: str | None,
+    inputs: Mapping[str, Any],
+    state: dict[str, Any] | None = None,
+    compute_units: str = "ALL",
+) -> dict[str, Any]:
+    """The same call through Core ML itself, on a Mac (states need macOS 15).
+
+    ``compute_units``: ALL, CPU_ONLY, CPU_AND_GPU or CPU_AND_NE. Our tests run on Linux, so this has
+    not been run by them. Raises Refused elsewhere, and when Core ML does not load or run it.
+    """
+    if platform.system() != "Darwin":
+        raise Refused(path, f"Core ML runs on a Mac only, this is {platform.system()}")
+    try:
+        import coremltools
+    except ImportError:
+        raise MissingExtra("coreml", "running a package on this Mac") from None
+    units = getattr(coremltools.ComputeUnit, compute_units, None)
+    if units is None:
+        raise Refused(None, f"compute units {compute_units!r}, expected ALL, CPU_ONLY, ...")
+    try:
+        model = coremltools.models.MLModel(str(path), function_name=function, compute_units=units)
+        held: Any = model.make_state() if state else None
+        for name, value in (state or {}).items():
+            held.write_state(name, value)
+        found: dict[str, Any] = model.predict(dict(inputs), held)
+        for name in state or {}:
+            (state or {})[name] = held.read_state(name)
+    except Exception as e:  # whatever Core ML raises: RuntimeError, and Exception itself
+        raise Refused(path, f"Core ML: {type(e).__name__}: {e}") from None
+    return found
 
 
 def _zeros(program: Program, path: Any) -> dict[str, Any]:

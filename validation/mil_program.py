@@ -235,12 +235,8 @@ class _Reader:
             raise self.refuse(op, f"the parameter {strange[0]} is not known here")
         if missing := [p for p, required in known.items() if required and not found.get(p)]:
             raise self.refuse(op, f"has no {missing[0]}")
-        for parameter, bound in found.items():
-            for one in bound if isinstance(bound, tuple) else (bound,):
-                if isinstance(one, str) and one in self.states:
-                    raise self.refuse(
-                        op, f"takes the state {one} for {parameter} without reading it"
-                    )
+        if unread := [n for n in names_in(found) if n in self.states]:
+            raise self.refuse(op, f"takes the state {unread[0]} without reading it")
         same = {p: self.dtype(found[p]) for p in OPS[op.type].same if p in found}
         if len(set(same.values())) > 1:
             shown = ", ".join(f"{p} {dtype}" for p, dtype in same.items())

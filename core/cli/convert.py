@@ -181,15 +181,20 @@ def _untied(target: Path | None, model: Base | None, others: list[Path]) -> Unti
 
 @contextlib.contextmanager
 def _written(copy: Untied | None, target: Path | None) -> Iterator[dict[str, int]]:
-    """Write the copy, and put it in its place when what is done within has worked."""
+    """Write the copy, which was checked to be new, and take it away again if what follows fails."""
     if copy is None or target is None:
         yield {}
         return
-    from loraduct.files import staged_folder
+    from loraduct.files import remove_tree, staged_folder
     from loraduct.formats import untied
 
     with staged_folder(target) as stage:
-        yield untied.write(copy, stage)
+        files = untied.write(copy, stage)
+    try:
+        yield files
+    except BaseException:
+        remove_tree(target)
+        raise
 
 
 def _name_map(file: Path | None) -> dict[str, str] | None:

@@ -10,7 +10,6 @@ under 8 bits are a little-endian stream of bits, low bits first.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -124,12 +123,24 @@ class BlobFile:
             shape
         )
 
+    def span(self, offset: int, name: str) -> tuple[int, int]:
+        """Where a blob's data begins and ends. Raises Refused naming ``name`` if it isn't there."""
+        inside = offset % ALIGN == 0 and ALIGN <= offset <= self.size - ALIGN
+        head = self.source.read(offset, _RECORD.size, name) if inside else bytes(_RECORD.size)
+        sentinel, _, nbytes, data, _ = _RECORD.unpack(head)
+        if sentinel != SENTINEL or data < offset + ALIGN or data + nbytes > self.size:
+            raise Refused(
+                self.path,
+                f"there is no whole blob at offset {offset} ({self.size} bytes): it was cut short, or is"
+                " another program's",
+                tensor=name,
+            )
+        return data, data + nbytes
+
     def whole(self, offset: int, name: str) -> tuple[int, bytes, Iterator[bytearray]]:
         """A blob as it lies: bytes of its data, its record, and its data in pieces."""
-        head = bytes(self.source.read(offset, ALIGN, name))
-        sentinel, _, nbytes, data, _ = _RECORD.unpack(head[: _RECORD.size])
-        if sentinel != SENTINEL or data + nbytes > self.size:
-            raise Refused(self.path, f"there is no whole blob at offset {offset}", tensor=name)
+        data, end = self.span(offset, name)
+        nbytes, head = end - data, bytes(self.source.read(offset, ALIGN, name))
         step = 4 << 20
         pieces = (
             self.source.read(data + at, min(step, nbytes - at), name)
@@ -195,7 +206,7 @@ class Layout:
         """The bytes to write from ``start`` on. ``count``: blobs the header speaks of."""
         done = self.start
         if not done:
-            yield _HEADER.pack(count or len(self.parts), 2).ljust(ALIGN, b"\0")
+            yield header(count or len(self.parts))
             done = ALIGN
         for at, record, data in self.parts:
             if at > done:
@@ -207,6 +218,6 @@ class Layout:
                 done += memoryview(piece).nbytes
 
 
-def set_count(fd: int, count: int) -> None:
-    """Mend the header's count after blobs were appended (readers go by the offsets alone)."""
-    os.pwrite(fd, _HEADER.pack(count, 2), 0)
+def header(count: int) -> bytes:
+    """A file's first bytes. ``count``: its blobs; readers go by their offsets alone."""
+    return _HEADER.pack(count, 2).ljust(ALIGN, b"\0")

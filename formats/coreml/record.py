@@ -49,13 +49,18 @@ def fresh(base: Base, functions: Mapping[str, int | None]) -> dict[str, Any]:
             "model_type": base.model_type,
             "name": name if isinstance(name, str) and name else None,
             "kin": base.kin if base.has_weights else None,
-            "tied": base.tied,
+            "tied": _ties(base),
             "layers": base.layers,
             "parameters": sorted(base.tensors) if base.has_weights else [],
         },
         "functions": {f: {"adapters": [], "q": q} for f, q in functions.items()},
         "adapters": {},
     }
+
+
+def _ties(base: Base) -> bool | None:
+    """Whether the head is the embedding; where the config doesn't say, whether it has a weight."""
+    return base.stored_head is None if base.tied is None and base.has_weights else base.tied
 
 
 def write(model: Any, record: Mapping[str, Any]) -> None:
@@ -146,7 +151,7 @@ def _is_adapter(one: Any) -> bool:
         and one.get("method") in ("lora", "dora", "full")
         and isinstance(one.get("source"), str)
         and isinstance(one.get("config"), dict)
-        and isinstance(one.get("origin"), dict | None)
+        and _is_past(one.get("origin"))
         and isinstance(one.get("metadata"), dict)
         and all(isinstance(v, str) for v in one["metadata"].values())
         and isinstance(one.get("base"), dict)
@@ -154,6 +159,18 @@ def _is_adapter(one: Any) -> bool:
         and all(_is_row(r) for r in one["modules"].values())
         and isinstance(one.get("replaced"), dict)
         and all(_is_replaced(r) for r in one["replaced"].values())
+    )
+
+
+def _is_past(past: Any) -> bool:
+    """What `loraduct.origin` recorded of an adapter that was a conversion itself."""
+    return past is None or (
+        isinstance(past, dict)
+        and isinstance(past.get("format"), str)
+        and isinstance(past.get("config"), dict)
+        and isinstance(past.get("blocks", ""), str)
+        and isinstance(past.get("joined", {}), dict)
+        and all(type(r) is int and r > 0 for r in past.get("joined", {}).values())
     )
 
 

@@ -231,7 +231,7 @@ def randomise_mlx(model: Any, seed: int = 5) -> None:
     new = []
     for name, value in tree_flatten(model.trainable_parameters()):
         noise = generator.standard_normal(value.shape).astype(np.float32)
-        leaf = name.rsplit(".", 1)[-1]
+        leaf = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1]  # lists have an index behind
         if leaf == "lora_a":
             noise = noise / value.shape[0] ** 0.5
         elif leaf == "lora_b":

@@ -148,7 +148,7 @@ def test_a_narrower_adapter(
     assert np.abs(expected - apple.logits).max() > 0.01
 
 
-@pytest.mark.parametrize("pattern", [r"qkv_proj\[1\]", r"qkv_proj\[[12]\]", r"s\.0\..*v_proj\[2\]"])
+@pytest.mark.parametrize("pattern", [r"qkv_proj\[[12]\]", r"s\.0\..*v_proj\[2\]"])
 def test_a_part_that_is_left_out_is_not_moved(
     pattern: str,
     apple: Apple,
@@ -157,7 +157,7 @@ def test_a_part_that_is_left_out_is_not_moved(
     peers: ModuleType,
     tmp_path: Path,
 ) -> None:
-    """Lists with a gap, or that end early: mlx-lm leaves the other parts as they start."""
+    """A list that ends early: mlx-lm leaves the other parts as they start."""
     tensors = peers.mx.load(str(apple.adapter / peers.MLX_WEIGHTS))
     named = {n: re.sub(r"\.lora_[ab]\.(\d)$", r"[\1]", n) for n in tensors}
     zero = {n: t * 0 if re.search(pattern, named[n]) else t for n, t in tensors.items()}
@@ -170,6 +170,31 @@ def test_a_part_that_is_left_out_is_not_moved(
     assert np.array_equal(loaded(apple.base, result, zoo.TOKENS, peers), expected)
     again = convert(result, "mlx", "--base", apple.base)
     assert not peers.changed_tensors(result / peers.MLX_WEIGHTS, again / peers.MLX_WEIGHTS)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_list_with_a_gap_is_refused(
+    part: int,
+    apple: Apple,
+    refused: Callable[..., str],
+    run: Callable[..., Any],
+    zoo: ModuleType,
+    peers: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """mlx-lm loads it, and then multiplies by an empty dict."""
+    saying = f"whose part {part} is not there"
+    error = refused(apple.adapter, "mlx", "--exclude", rf"qkv_proj\[{part}\]", saying=saying)
+    assert f"{QKV}.lora_a.2" in error
+    broken = peers.copy_adapter(apple.adapter, tmp_path / "broken")
+    tensors = peers.load_file(broken / peers.MLX_WEIGHTS)
+    kept = {n: t for n, t in tensors.items() if not n.endswith(f".{part}")}
+    peers.rewrite_tensors(broken / peers.MLX_WEIGHTS, kept)
+    with pytest.raises(TypeError):
+        loaded(apple.base, broken, zoo.TOKENS, peers)
+    result = run("inspect", broken)
+    assert result.exit_code == 1
+    assert saying in result.stderr
 
 
 def test_to_peft_is_refused_with_the_reason(apple: Apple, refused: Callable[..., str]) -> None:

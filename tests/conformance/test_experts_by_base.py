@@ -180,3 +180,27 @@ def test_experts_in_rows_can_not_be_adapted_by_peft(
     with pytest.raises(AttributeError, match="ParamWrapper"):
         adapted(torch.tensor(zoo.TOKENS))
     refused(source, "mlx", "--base", base("dbrx").hf, saying="PEFT can't run")
+
+
+def test_experts_without_effect(
+    saved: Any, convert: Convert, refused: Refused, base: Any, peers: ModuleType, tmp_path: Path
+) -> None:
+    """LongCat's zero experts have rows in one parameter: how many tells the base alone."""
+    from loraduct.formats import base as bases
+    from loraduct.formats import read
+    from loraduct.formats.options import ReadOptions
+    from loraduct.validation.align import aligned
+    from loraduct.validation.delta import compare
+
+    folder = base("longcat_flash").hf
+    source = saved("longcat_flash", ["o_proj"], ["mlp.experts.gate_up_proj"])
+    refused(source, "mlx", saying="--base BASE")
+    counts = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), 5)
+    more_experts = changed_base(folder, tmp_path / "base", **counts)
+    refused(source, "mlx", "--base", more_experts, saying="has 4 experts")
+    there = convert(source, "mlx", "--base", folder)
+    same = convert(source, "peft", "--base", folder)
+    assert not peers.changed_tensors(source / peers.PEFT_WEIGHTS, same / peers.PEFT_WEIGHTS)
+    one, two = (aligned(read(f, ReadOptions()), bases.read(folder), None) for f in (source, there))
+    assert one.keys() == two.keys()
+    assert all(compare(n, one[n], two[n], bases.read(folder)).fits for n in one)

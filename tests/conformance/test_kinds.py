@@ -312,6 +312,8 @@ def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
 
     base = tiny("llama").path
     source = train(["q_proj", "v_proj"], kasa_config=KasaConfig(), use_rslora=rslora)
+    for to in ("mlx", "peft"):
+        assert "KaSA" in refused(source, to, saying="--base BASE")
     expected = peers.torch_logits(
         peers.PeftModel.from_pretrained(peers.hf_base(base), source), zoo.TOKENS
     )
@@ -321,8 +323,6 @@ def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
     plainly = convert(source, "peft", "--base", base)
     assert not peers.read_json(plainly / peers.CONFIG).get("kasa_config")
     peers.assert_same_logits(peers.peft_logits(base, plainly, zoo.TOKENS), expected, plain)
-    for to in ("mlx", "peft"):
-        assert "KaSA" in refused(source, to, saying="--base BASE")
 
 
 def test_kasa_and_lora_are_not_taken_for_one_another(

@@ -69,6 +69,36 @@ def test_pruned_adalora(
     assert_same(merged(peers, base, made), merged(peers, base, tmp_path / "pruned"))
 
 
+class _BlockDiagonal:
+    """What PEFT's CUDA extension computes, by its documentation: blocks on the diagonal."""
+
+    @staticmethod
+    def forward(blocks: Any) -> list[Any]:
+        import torch
+
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+def test_boft_with_more_factors(
+    saved: Any, convert: Any, refused: Callable[..., str], peers: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """PEFT has them only with its CUDA extension; the rest of its code runs as it is."""
+    from peft import BOFTConfig
+
+    monkeypatch.setattr("peft.tuners.boft.layer._FBD_CUDA", _BlockDiagonal)
+    config = BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, target_modules=TARGETS)
+    source, base = saved("BOFT", config=config)
+    flags = ["--base", base, "--rank", 112, "--allow-approximate"]
+    file = source / "adapter_model.safetensors"
+    assert {t[1][0] for n, t in peers.raw_tensors(file).items() if "boft_R" in n} == {3}
+    peers.edit_json(source / peers.CONFIG, boft_n_butterfly_factor=2)
+    refused(source, "peft", *flags, saying="3 butterfly factors, the config says 2")
+    peers.edit_json(source / peers.CONFIG, boft_n_butterfly_factor=3)
+    made = convert(source, "peft", *flags)
+    assert_same(merged(peers, base, made), merged(peers, base, source))
+
+
 def test_beft_moves_biases(saved: Any, convert: Any, peers: ModuleType, zoo: ModuleType) -> None:
     """A bias of its own, on modules with one: LoRA of zeros with a lora_bias."""
     from peft import PeftModel
@@ -118,12 +148,42 @@ def test_layer_norms(
     peers.assert_same_logits(found, expected, peers.torch_logits(peers.hf_base(base), zoo.TOKENS))
 
 
+@pytest.mark.parametrize("on", ["llama", "qwen2"])  # the head is tied in one of them
+def test_trainable_tokens(
+    on: str, tiny: Any, convert: Any, run: Any, refused: Callable[..., str], peers: ModuleType,
+    zoo: ModuleType, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Rows of the embedding as a method of their own: kept in PEFT, no place in mlx-lm."""
+    from peft import PeftModel, TrainableTokensConfig, get_peft_model
+
+    base, source = tiny(on).path, tmp_path / "peft"
+    model = get_peft_model(peers.hf_base(base), TrainableTokensConfig(token_indices=[5, 9]))
+    randomise(model)
+    model.save_pretrained(source)
+    said = refused(source, "mlx", "--base", base, saying="trainable_tokens_delta")
+    assert "replaced" in said
+    made = convert(source, "peft", "--dtype", "f32")
+    file = "adapter_model.safetensors"
+    assert not peers.changed_tensors(source / file, made / file)
+    assert peers.read_json(made / peers.CONFIG) == peers.read_json(source / peers.CONFIG)
+    logits = [
+        peers.torch_logits(PeftModel.from_pretrained(peers.hf_base(base), f), zoo.TOKENS)
+        for f in (source, made)
+    ]
+    assert (logits[0] == logits[1]).all()
+    document = json.loads(run("inspect", source, "--json").stdout)
+    assert document["kind"] == "trainable tokens"
+    peers.edit_json(source / peers.CONFIG, token_indices=[5])
+    done = run("inspect", source)
+    assert done.exit_code == 1
+    assert "token_indices" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "saying"),
     [
         ("VERA", {"r": 4, "save_projection": False}, "save_projection"),
         ("UNILORA", {"r": 4, "theta_d_length": 128}, "save_indices"),
-        ("TINYLORA", {"r": 2, "u": 3}, "weight_tying"),
         ("WAVEFT", {"n_frequency": 20, "wavelet_family": "db2"}, "db1"),
         ("PVERA", {"r": 4, "sample_at_inference": True}, "samples at inference"),
     ],
@@ -148,6 +208,29 @@ def test_draws_as_torch_draws() -> None:
         generator = torch.Generator().manual_seed(seed)
         expected = torch.randperm(n, generator=generator)[:count].numpy()
         assert (first_of_randperm(n, count, seed) == expected).all()
+
+
+def test_draws_normal_numbers_as_torch_does() -> None:
+    """By which TinyLoRA's file tells where in the model a module is."""
+    import torch
+
+    from loraduct.formats.torch_draws import first_normals
+
+    for n, seed in ((3, 1), (12, 42), (16, 7), (18, 42), (31, 2**31), (32, 0), (1000, 5)):
+        generator = torch.Generator().manual_seed(seed)
+        expected = torch.normal(0.0, 1.0, (n,), generator=generator).numpy()
+        found = first_normals(n, seed)
+        assert len(found) == (2 if n < 16 else 16)
+        np.testing.assert_allclose(found, expected[: len(found)], atol=3e-6)
+
+
+def test_tinylora_by_another_seed(
+    saved: Any, refused: Callable[..., str], peers: ModuleType
+) -> None:
+    """Then no place in the model has these values, and the module's vector can't be told."""
+    source, _ = saved("TINYLORA", 1)
+    peers.edit_json(source / peers.CONFIG, projection_seed=41_000)
+    refused(source, "peft", saying="drawn for 0 places of 9")
 
 
 def test_round_trip_stays_lora(saved: Any, convert: Any, peers: ModuleType) -> None:

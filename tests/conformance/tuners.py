@@ -35,7 +35,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"r": 6, "gralora_k": 2, "alpha": 10},
         {"r": 4, "gralora_k": 4, "alpha": 10, "hybrid_r": 3},
     ],
-    "TINYLORA": [{"r": 3, "u": 4, "weight_tying": 1.0}],
+    "TINYLORA": [
+        {"r": 3, "u": 4, "weight_tying": 1.0},
+        {"r": 3, "u": 3},  # a vector for each module
+        {"r": 2, "u": 3, "weight_tying": 0.55},  # 12 values drawn, nine modules in four groups
+    ],
     "UNILORA": [{"r": 4, "theta_d_length": 128, "save_indices": True}],
     "MISS": [
         {"r": 6},  # divides none of the widths

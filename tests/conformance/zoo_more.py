@@ -50,6 +50,8 @@ class More:
     still: str = "$^"  # parameters that stay zero, as mlx-lm leaves them out
     large: str = "$^"  # weights times twenty: what follows is a norm with another epsilon
     only_mlx: Hook | None = None  # name and tensor, saved -> as mlx-lm can load it
+    not_in_mlx: str = "$^"  # weights that mlx-lm has no place for
+    lost: str = "$^"  # PEFT's tensors of which a part without effect doesn't come back from MLX
     refused: tuple[str, ...] = ()  # linear layers, experts or routers that can't be carried to MLX
     refused_back: tuple[str, ...] = ()  # what mlx-lm adapts by default and can't be carried to PEFT
     not_in_peft: tuple[str, ...] = ()  # linear layers that PEFT can't adapt, or not in effect
@@ -143,12 +145,14 @@ MORE: dict[str, More] = {
     "llama4": More(rope() | {"num_hidden_layers": 4, "moe_layers": [1, 3], "rms_norm_eps": 1e-6}),
     "llama4_text": More(),
     "llava": More(),
-    # with zero experts mlx-lm can't load what transformers saves
+    # transformers saves weights of its zero experts, which nothing reads
     "longcat_flash": More(
-        {"head_dim": 8, "zero_expert_num": 0},
+        {"head_dim": 8},
         large="q_a_proj|kv_a_proj",
-        refused=(*HEADS, r"experts\.gate_up_proj"),
-        refused_back=(r"switch_mlp\.(gate|up)_proj", r"router\.classifier"),
+        not_in_mlx=r"experts\.[45]\.(gate|up)_proj",
+        lost=r"mlp\.experts\.(base_layer\.)?lora_[AB]",
+        refused=HEADS,
+        refused_back=(r"router\.classifier",),
         not_in_peft=(r"router\.classifier",),
     ),
     "mamba": More(refused_back=OUT_DT, not_in_peft=OUT_DT),
@@ -251,10 +255,11 @@ def build(name: str, folder: Path, randomise: Callable[[torch.nn.Module], None])
     if small.hub:
         _rewrite(folder, dict(small.hub(*item) for item in _saved(folder).items()))
     _complete(folder / "config.json", small.mlx | entry.mlx)
-    if entry.only_mlx is None:
+    if entry.only_mlx is None and entry.not_in_mlx == "$^":
         return Pair(name, folder, folder)
     other = Path(shutil.copytree(folder, folder.with_name(f"{name}-mlx")))
-    _rewrite(other, dict(entry.only_mlx(*item) for item in _saved(other).items()))
+    kept = [(n, v) for n, v in _saved(other).items() if not re.search(entry.not_in_mlx, n)]
+    _rewrite(other, dict(entry.only_mlx(*item) if entry.only_mlx else item for item in kept))
     return Pair(name, folder, other)
 
 

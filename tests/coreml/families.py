@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2 sliding": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7,
-               "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0,
+               "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0,
                "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7,
                     "tie_word_embeddings": True, "num_hidden_layers": 7,
@@ -92,6 +92,24 @@ def reference(made: Any, ids: np.ndarray) -> np.ndarray:
 
     with torch.no_grad():
         return made(torch.from_numpy(ids).long()).logits[0].float().numpy()
+
+
+def run(path: Path, ids: np.ndarray, precision: str = "fp16-storage", **options: Any) -> np.ndarray:
+    """A package's logits (tokens, vocabulary): most tokens at once, the last ones singly."""
+    from loraduct.formats.coreml import package
+    from loraduct.validation import coreml
+
+    made = coreml.session(package.read(path), precision=precision, **options)
+    tokens = ids[0].tolist()
+    if made.stateless:
+        return made.feed(tokens)
+    cut = len(tokens) - 6
+    return np.concatenate([made.feed(tokens[:cut]), *(made.feed([t]) for t in tokens[cut:])])
+
+
+def off(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest error, as a share of the logits' scale."""
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
 def causal(count: int, end: int) -> np.ndarray:

@@ -1,0 +1,215 @@
+"""k-means on a line: the best tables of 2 to 256 entries for many sets of numbers at once.
+
+On a line the best clusters are intervals (Wu, 1991), so the problem is where k - 1 boundaries lie in
+the sorted values. With prefix sums of weights W and of weight times value S, a cluster from i to j
+takes (S_j - S_i)^2 / (W_j - W_i) off the sum of squares; dynamic programming over the boundaries
+maximises the sum of that. Few values are solved over all positions, exactly. Otherwise each boundary
+has candidates around where it stands, b + t * stride for |t| <= REACH, over which the programme finds
+the joint optimum; strides go from a third of a cluster down to one value, each until nothing gains.
+The tests hold the result against exact optima.
+
+All rows (groups of a tensor, or tensors) are solved together, so numpy's loops are long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+REACH = 8  # candidates on each side of a boundary
+EXACT = 96  # so many distinct values or fewer: all positions are candidates
+# parts that clusters are cut into (0: single values), and the share of the error that a round must
+# take off to be followed by another
+SCHEDULE = ((2, 1e-3), (8, 1e-3), (32, 1e-4), (128, 1e-4), (0, 1e-6), (2, 1e-5), (0, 1e-6))
+ROUNDS = 40  # at most, per stride: a bound that real weights don't reach
+BLOCK = 48  # rows at once: their tables of gains stay in the cache
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of sorted distinct values.
+
+    Row r has ``count[r]`` values from ``values[start[r]]`` on, and its prefix sums (one more, the
+    first 0) from ``weight[start[r] + r]`` on: ``weight``, ``moment`` (weight * value). ``square``
+    (rows,) is each row's sum of weight * value^2. float64.
+    """
+
+    values: Any
+    start: Any
+    count: Any
+    weight: Any
+    moment: Any
+    square: Any
+
+    @property
+    def first(self) -> Any:
+        """Where each row's prefix sums begin."""
+        import numpy as np
+
+        return self.start + np.arange(len(self.start))
+
+
+def points(rows: Iterable[tuple[Any, Any]]) -> Points:
+    """Points from pairs (sorted distinct values, their weights > 0), one pair per row.
+
+    Sums are taken row by row: an outlier in one costs the others no digits.
+    """
+    import numpy as np
+
+    pairs = [
+        (np.asarray(values, np.float64), np.asarray(weights, np.float64)) for values, weights in rows
+    ]
+    count = np.array([len(values) for values, _ in pairs], np.int64)
+    start = np.cumsum(count) - count
+    weight, moment = (np.zeros(int(count.sum()) + len(pairs)) for _ in range(2))
+    square = np.zeros(len(pairs))
+    for row, (values, weights) in enumerate(pairs):
+        at = int(start[row]) + row + 1
+        mass = weights * values
+        np.cumsum(weights, out=weight[at : at + len(values)])
+        np.cumsum(mass, out=moment[at : at + len(values)])
+        square[row] = mass @ values
+    flat = np.concatenate([values for values, _ in pairs]) if pairs else np.zeros(0)
+    return Points(flat, start, count, weight, moment, square)
+
+
+def cluster(points: Points, k: int) -> tuple[Any, Any]:
+    """Boundaries (rows, k + 1), positions from 0 to the row's count, and the errors (rows,).
+
+    A row with no more distinct values than entries has error 0 and empty clusters at its end.
+    """
+    import numpy as np
+
+    bounds = np.minimum(np.arange(k + 1), points.count[:, None])
+    error = np.zeros(len(points.count))
+    full = np.flatnonzero(points.count > k)
+    small = points.count[full] <= EXACT
+    for rows, solve in ((full[small], _exact), (full[~small], _refined)):
+        order = rows[np.argsort(points.count[rows], kind="stable")]
+        for at in range(0, len(order), BLOCK):
+            block = order[at : at + BLOCK]
+            bounds[block], error[block] = solve(points, block, k)
+    return bounds, error
+
+
+def centroids(points: Points, bounds: Any) -> Any:
+    """Means of the clusters (rows, k); an empty one repeats the row's last mean (0 if there is none)."""
+    import numpy as np
+
+    at = bounds + points.first[:, None]
+    weight, moment = np.diff(points.weight[at]), np.diff(points.moment[at])
+    filled = np.maximum((bounds[:, 1:] > bounds[:, :-1]).sum(1) - 1, 0)
+    means = np.divide(moment, weight, out=np.zeros_like(moment), where=weight > 0)
+    last = np.take_along_axis(means, filled[:, None], 1)
+    return np.where(bounds[:, 1:] > bounds[:, :-1], means, last)
+
+
+def _exact(points: Points, rows: Any, k: int) -> tuple[Any, Any]:
+    """Every position is a candidate of every boundary: the optimum."""
+    import numpy as np
+
+    count = points.count[rows]
+    every = np.arange(1, int(count.max()))
+    candidates = np.minimum(every[None, :], count[:, None] - 1)
+    candidates = np.broadcast_to(candidates[:, None, :], (len(rows), k - 1, len(every)))
+    return _best(points, rows, candidates)
+
+
+def _refined(points: Points, rows: Any, k: int) -> tuple[Any, Any]:
+    """From density^(1/3) to joint moves of all boundaries, coarse to fine."""
+    import numpy as np
+
+    bounds, error = _spread(points, rows, k), np.full(len(rows), np.inf)
+    low = np.arange(1, k)  # every cluster keeps at least one value
+    high = points.count[rows][:, None] - np.arange(k - 1, 0, -1)
+    for parts, enough in SCHEDULE:
+        active = np.arange(len(rows))
+        for _ in range(ROUNDS):
+            moved = _candidates(bounds[active], parts)
+            moved = np.clip(moved, low[:, None], high[active][:, :, None])
+            found, total = _best(points, rows[active], moved)
+            gained = error[active] - total
+            better = gained > 0
+            bounds[active[better]] = found[better]
+            error[active[better]] = total[better]
+            active = active[gained > enough * np.maximum(total, 0)]
+            if not len(active):
+                break
+    return bounds, error
+
+
+def _candidates(bounds: Any, parts: int) -> Any:
+    """Where each inner boundary may go (rows, k - 1, T): clusters cut into ``parts``, or by values.
+
+    Two parts: to where its neighbours stand, and to the middles of clusters. So a cluster can vanish
+    at one place and another be split at a second, with all between them moving on by one.
+    """
+    import numpy as np
+
+    inner, steps = bounds.shape[1] - 2, np.arange(-REACH, REACH + 1)
+    if not parts:
+        return bounds[:, 1:-1, None] + steps
+    cuts = bounds[:, :-1, None] + np.diff(bounds)[:, :, None] * np.arange(parts) // parts
+    cuts = np.concatenate((cuts.reshape(len(bounds), -1), bounds[:, -1:]), 1)
+    at = np.arange(1, inner + 1)[:, None] * parts + steps
+    return cuts[:, np.clip(at, 0, cuts.shape[1] - 1)]
+
+
+def _spread(points: Points, rows: Any, k: int) -> Any:
+    """First boundaries: equal shares of the integral of density^(1/3) (Panter and Dite, 1951).
+
+    Between neighbouring sample positions with weight w and width d the integral is w^(1/3) d^(2/3).
+    """
+    import numpy as np
+
+    count = points.count[rows][:, None]
+    samples = np.arange(16 * k + 1)
+    at = samples * (count - 1) // (16 * k)  # the same position twice: no width, no share
+    width = np.diff(points.values[at + points.start[rows][:, None]])
+    mass = np.diff(points.weight[at + points.first[rows][:, None]])
+    share = np.cbrt(mass * width * width).cumsum(1)
+    bounds = np.zeros((len(rows), k + 1), np.int64)
+    for row, (total, where) in enumerate(zip(share, at, strict=True)):
+        wanted = np.arange(1, k) * (total[-1] / k)
+        bounds[row, 1:k] = np.interp(wanted, np.concatenate(([0.0], total)), where) + 1
+    bounds[:, k] = count[:, 0]
+    ahead = np.arange(k + 1)
+    bounds = np.maximum.accumulate(bounds - ahead, 1) + ahead  # strictly increasing ...
+    return np.minimum(bounds, count - (k - ahead))  # ... and inside
+
+
+def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
+    """The best boundaries among ``candidates`` (rows, k - 1, T), and their errors."""
+    import numpy as np
+
+    count, first = points.count[rows], points.first[rows]
+    at = candidates + first[:, None, None]
+    weight, moment = points.weight[at], points.moment[at]
+    length, inner, width = candidates.shape
+    chosen = np.zeros((inner, length, width), np.intp)
+    n, d = (np.empty((length, width, width)) for _ in range(2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        best = moment[:, 0] ** 2 / weight[:, 0]
+        for j in range(1, inner):
+            # axis 1 is where this boundary goes, axis 2 where the one before it went
+            np.subtract(weight[:, j, :, None], weight[:, j - 1, None, :], out=n)
+            np.subtract(moment[:, j, :, None], moment[:, j - 1, None, :], out=d)
+            np.multiply(d, d, out=d)
+            np.divide(d, n, out=d)
+            np.copyto(d, -np.inf, where=n <= 0)
+            np.add(d, best[:, None, :], out=d)
+            np.argmax(d, axis=2, out=chosen[j])
+            best = np.take_along_axis(d, chosen[j][:, :, None], 2)[:, :, 0]
+        end = first + count
+        d = points.moment[end][:, None] - moment[:, -1]
+        best = best + d * d / (points.weight[end][:, None] - weight[:, -1])
+    pick = best.argmax(1)
+    every = np.arange(length)
+    error = points.square[rows] - best[every, pick]
+    bounds = np.zeros((length, inner + 2), np.int64)
+    bounds[:, -1] = count
+    for j in range(inner - 1, -1, -1):
+        bounds[:, j + 1] = candidates[every, j, pick]
+        pick = chosen[j][every, pick]
+    return bounds, error
