@@ -84,10 +84,9 @@ def convert(adapter: Adapter, options: Options) -> Folder:
     dropped = [t for name, u in adapter.updates.items() if name not in kept for t in u.tensors]
     selected = replace(adapter, updates=kept)
     if dropped:  # a config that still selects what was left out would describe another adapter
-        narrow = {"peft": peft_writer.narrowed, "mlx": mlx_writer.narrowed}[adapter.format]
-        selected = narrow(
-            selected, {n: u for n, u in adapter.updates.items() if n not in selected.updates}
-        )
+        narrow = {"peft": peft_writer.narrowed, "mlx": mlx_writer.narrowed}.get(adapter.format)
+        gone = {n: u for n, u in adapter.updates.items() if n not in selected.updates}
+        selected = narrow(selected, gone) if narrow else replace(selected, origin=None)
     settled = tied.Settled(selected)
     if options.to == "mlx" and selected.naming == "hf":
         settled = tied.settle(

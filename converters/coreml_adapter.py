@@ -114,6 +114,7 @@ def place(adapter: Adapter, base: PackageBase, store: Store) -> Placed:
                 f"{update.note}: of full rank; convert it with --rank and --allow-approximate first",
                 tensor=name,
             )
+    account.set_aside(adapter.set_aside)
     account.check_complete(adapter.tensors())
     row = {
         "method": adapter.method,

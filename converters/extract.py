@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import LowRank, Replacement, Update
 from loraduct.computed import given
 from loraduct.errors import Refused
+from loraduct.modules import kind_of_module
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
@@ -84,12 +86,21 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted) -> Found | None:
     a, b, residual = nearest(difference, wanted, rounding_sigma(after, new.dtype))
     size = float(np.linalg.norm(difference))
     noise = rounding_sigma(after, new.dtype) * math.sqrt(difference.size)
-    tensors = [
-        given(f"{new.name}.{n}", [new, old], x.shape, lambda x=x: x)
-        for n, x in (("a", a), ("b", b))
-    ]
-    update = LowRank(tensors[0], tensors[1], 1.0)
-    return Found(update, a.shape[0], residual / size, noise / size)
+    if kind_of_module(new.name.removesuffix(".weight")) == "embedding":  # its axes are swapped
+        a, b, layout = b.T, a.T, "embedding"
+    else:
+        layout = "linear"
+    parts = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
+    held = {
+        n: given(f"{new.name}.{n}", [new, old], x.shape, partial(_same, x))
+        for n, x in parts.items()
+    }
+    update = LowRank(held["a"], held["b"], 1.0, layout=layout)
+    return Found(update, update.rank, residual / size, noise / size)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def rounding_sigma(values: Any, dtype: str) -> float:

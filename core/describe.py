@@ -26,7 +26,7 @@ _TRAINING = (
     "seed",
     "data",
 )
-_FORMATS = {"peft": "PEFT", "mlx": "MLX"}
+_FORMATS = {"peft": "PEFT", "mlx": "MLX", "coreml": "Core ML"}
 _CHECKPOINT = re.compile(r"\d{7}_adapters\.safetensors")
 _UNSAID = "base-precision-unknown"  # a trap of nearly every PEFT adapter: said in the base's line
 

@@ -24,6 +24,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapters.safetensors", "adapters.npz"),
         "MLX folder: adapter_config.json + adapters.safetensors (.npz: read only)",
     ),
+    "coreml": (
+        ("Data/com.apple.CoreML",),
+        "Core ML package (.mlpackage): a base, and the adapters put into it",
+    ),
 }
 
 
@@ -57,6 +61,9 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def locate(path: Path, options: ReadOptions) -> tuple[Path, ReadOptions]:
     """The adapter's folder for what a user may point at: the folder, a file in it, a parent."""
     if not path.exists() and not path.is_symlink():
+        package, _, name = str(path).rpartition(":")
+        if package and detect(Path(package)) == "coreml":
+            return Path(package), replace(options, adapter=name)
         raise NotRecognised(path, "does not exist")
     if is_file(path):
         check_regular(path)

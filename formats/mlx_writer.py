@@ -105,7 +105,7 @@ def _config_for(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]]:
         if _describes(config, adapter, update):
             return dict(config), {"config": "kept as it was"}
     keys, last, relative = mlx_keys.keys_for(list(updates), adapter.layers)
-    dropout = adapter.config.get("lora_dropout", 0.0) if adapter.format == "peft" else 0.0
+    dropout = adapter.config.get("lora_dropout", 0.0)  # PEFT's
     config = {
         "fine_tune_type": adapter.method,
         "num_layers": last,

@@ -261,8 +261,9 @@ def test_name_map(peft_folder: Folder, cli: Cli, tmp_path: Path) -> None:
     for change, word in (
         ({"nowhere": "x"}, "matches no module"),
         ({"model.layers.{}.mlp.up_proj": "lm.blocks.{}.self_attn.q_proj"}, "same name"),
+        ({"model.layers.{}.mlp.up_proj": None}, "no entry for it"),
     ):
-        file.write_text(json.dumps(names | change))
+        file.write_text(json.dumps({k: v for k, v in (names | change).items() if v is not None}))
         result = cli("convert", source, "--to", "mlx", "-o", tmp_path / "p", "--name-map", file)
         assert result.exit_code == 1
         assert word in result.stderr

@@ -126,12 +126,17 @@ def _plain(module: str, first: LowRank, second: LowRank, bound: float) -> Delta:
 
 
 def _dense(module: str, first: Dense | LowRank, second: Dense | LowRank) -> Delta:
-    """Of which at least one has full rank: PEFT's IA3, OFT, ... against what was made of it."""
+    """Of which at least one has full rank: PEFT's IA3, OFT, ... against what was made of it.
+
+    Storing rounds each product of a column and a row by its own size, which is more than dW's where
+    they cancel (as PiSSA's do, whose factors are of the size of the base's weight).
+    """
     import numpy as np
 
     if first.shape != second.shape:
         return Delta(module, 1.0, 0.0, 0.0, EQUAL, f"shapes {first.shape} and {second.shape}")
     deltas = []
+    stored = 0.0  # the most that storing may have moved it
     for u in (first, second):
         if isinstance(u, Dense):
             deltas.append(_array(u.delta))
@@ -140,10 +145,14 @@ def _dense(module: str, first: Dense | LowRank, second: Dense | LowRank) -> Delt
                 module, 1.0, 0.0, 0.0, EQUAL, "one has full rank, the other is no plain LoRA"
             )
         else:
-            deltas.append(u.scale * (_array(u.b) @ _array(u.a)))
+            a, b = _array(u.a), _array(u.b)
+            sizes = np.sum(b * b, axis=0) * np.sum(a * a, axis=1)
+            stored = max(stored, _bound(u) * abs(u.scale) * float(np.sum(sizes)) ** 0.5)
+            deltas.append(u.scale * (b @ a))
     off, norm2 = float(np.linalg.norm(deltas[1] - deltas[0])), float(np.vdot(deltas[0], deltas[0]))
     inner = float(np.vdot(deltas[0], deltas[1]))
-    return _delta(module, off, norm2, inner, EQUAL, "full rank")
+    bound = max(EQUAL, stored / norm2**0.5) if norm2 > 0 else EQUAL
+    return _delta(module, off, norm2, inner, bound, "full rank")
 
 
 def _pairs(u: LowRank) -> Iterator[tuple[Any, Any]]:

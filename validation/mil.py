@@ -17,7 +17,7 @@ A run is deterministic: the same machine, package and inputs give the same bits.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,13 @@ from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import NUMPY
 
 if TYPE_CHECKING:
-    from loraduct.validation.mil_program import Constant, Program, Step
+    from loraduct.validation.mil_program import Constant, Program
 
 STORAGE, STRICT, FULL = "fp16-storage", "fp16-strict", "fp32"
 PRECISIONS = (STORAGE, STRICT, FULL)
 KEEP = 8 << 30  # bytes of weights held in float32; beyond, they are widened at every use
+# What numpy raises when an operation is given what it can't take.
+FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, AttributeError)
 NEAR = 65504 / 4  # |x| from which on a value is reported as near to float16's end
 
 
@@ -40,31 +42,42 @@ class Ranges:
     """Largest magnitudes, as a run finds them.
 
     ``peaks``: output name -> largest |x| before it was rounded. ``warnings``: operations whose
-    output comes near to float16's end, or leaves it, though their inputs did not. ``first``:
-    (function, operation, output) of the first that made infinity or NaN of finite inputs.
+    output comes near to float16's end, or leaves it, and is larger than what they were given.
+    ``first``: (function, operation, output) of the first that made infinity or NaN.
     """
 
     peaks: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     first: tuple[str, str, str] | None = None
 
-    def note(self, function: str, step: Step, name: str, peak: float, after: float) -> None:
-        """``peak``: of a float output; ``after``: once it was rounded."""
-        from math import isfinite
+    def note(
+        self,
+        where: tuple[str, str, str],
+        peak: float,
+        after: float,
+        before: Callable[[], tuple[float, bool]],
+    ) -> None:
+        """One output. ``where``: function, operation, output.
 
-        from loraduct.validation.mil_program import names_in
+        ``peak``: its largest |x| (NaN if there is one), ``after``: once it was rounded;
+        ``before``: of the operation's inputs, the largest finite |x| and whether all are finite.
+        """
+        from math import isfinite, isnan
 
+        _, kind, name = where
         self.peaks[name] = peak
-        before = max((self.peaks.get(n, 0.0) for n in names_in(step.arguments)), default=0.0)
-        if not isfinite(before) or before != before:
+        if isfinite(after) and peak <= NEAR:
             return
+        largest, finite = before()
         if not isfinite(after):
-            what = "overflow to inf" if isfinite(peak) or peak == float("inf") else "NaN"
-            self.warnings.append(f"{name}, op {step.kind}: {what} (largest input {before:.6g})")
-            self.first = self.first or (function, step.kind, name)
-            self.peaks[name] = after
-        elif peak > NEAR and peak > before:
-            self.warnings.append(f"{name}, op {step.kind}: {peak:.6g} is near float16's 65504")
+            # NaN of infinities is news too, unless they come from an overflow that was named
+            if finite or (isnan(after) and self.first is None):
+                what = "NaN" if isnan(after) else "overflow to inf"
+                self.warnings.append(f"{name}, op {kind}: {what} (largest input {largest:.6g})")
+                self.first = self.first or where
+        elif finite and peak > largest:
+            how = "near" if peak <= 65504 else "beyond"
+            self.warnings.append(f"{name}, op {kind}: {peak:.6g} is {how} float16's 65504")
 
 
 class Weights:
@@ -79,11 +92,9 @@ class Weights:
         self.held: dict[Any, Any] = {}
 
     def exact(self, constant: Constant) -> Any:
-        """In its own dtype (FLOAT16: numpy's float16)."""
-        found = self.get(constant)
-        if constant.dtype == "FLOAT16" and not isinstance(found, str):
-            return found.astype("float16")
-        return found
+        """In its own dtype (FLOAT16: numpy's float16), for decompressing another; not kept."""
+        found = constant.make(self.exact)
+        return found.astype("float16") if constant.dtype == "FLOAT16" else found
 
     def get(self, constant: Constant) -> Any:
         """As it is computed with: float32 for floats if it fits."""
@@ -91,7 +102,11 @@ class Weights:
             return self.held[constant.key]
         from loraduct.validation.mil_numbers import rounded, widened
 
-        made = constant.make(self.exact)
+        try:
+            made = constant.make(self.exact)
+        except FAULTS as e:
+            what = f"a constant that can't be made: {type(e).__name__}: {e}"
+            raise Refused(self.package.path, what, tensor=constant.name) from None
         if constant.dtype == "FLOAT16":
             fits = made.size * 4 <= self.left
             if made.dtype == "float32":  # decompressed just now
@@ -225,9 +240,12 @@ def predict(
 def _zeros(program: Program, path: Any) -> dict[str, Any]:
     import numpy as np
 
+    from loraduct.validation.mil_numbers import limited
+
     made = {}
     for name, held in program.states.items():
-        if held.shape is None or None in held.shape or held.dtype not in NUMPY:
-            raise Refused(path, f"a state of {held.dtype} {held.shape}", tensor=name)
-        made[name] = np.zeros([s or 0 for s in held.shape], NUMPY[held.dtype])
+        sizes = [s for s in held.shape or () if s is not None]
+        if held.shape is None or len(sizes) < len(held.shape):
+            raise Refused(path, "a state whose sizes are open", tensor=name)
+        made[name] = np.zeros(limited(sizes), NUMPY[held.dtype])
     return made

@@ -12,7 +12,7 @@ from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.formats.coreml.package import Package
-from loraduct.formats.coreml.program import Shape, type_of, value_of
+from loraduct.formats.coreml.program import NUMPY, Shape, type_of, value_of
 from loraduct.text import several
 from loraduct.validation import (
     mil_constexpr,
@@ -149,11 +149,21 @@ class _Reader:
             raise self.refuse(unknown[0], "this operation is not known here")
         inputs: dict[str, Output] = {}
         for named in message.inputs:
-            self.define(named.name, type_of(named.type)[0], None)
-            kept = self.states if named.type.WhichOneof("type") == "stateType" else inputs
+            kind = named.type.WhichOneof("type")
+            if kind not in ("tensorType", "stateType"):
+                raise Refused(self.package.path, f"an input that is a {kind}", tensor=named.name)
+            kept = self.states if kind == "stateType" else inputs
             kept[named.name] = declared(named)
+            if kept[named.name].dtype not in NUMPY:
+                what = f"an input of {kept[named.name].dtype}"
+                raise Refused(self.package.path, what, tensor=named.name)
+            self.define(named.name, kept[named.name].dtype, None)
         for op in self.block.operations:
-            self.add(op)
+            try:
+                self.add(op)
+            except Refused as e:  # what reads types and sizes knows neither file nor operation
+                named = str(self.package.path) in str(e)
+                raise e if named else self.refuse(op, str(e)) from None
         outputs: dict[str, str | Constant] = {}
         for name in self.block.outputs:
             if name not in self.types or name in self.states:
@@ -276,7 +286,7 @@ class _Reader:
             return dtype
         constant = arguments[source]
         name = constant.make(None) if isinstance(constant, Constant) else None
-        if name not in mil_ops_element.DTYPES:
+        if not isinstance(name, str) or name not in mil_ops_element.DTYPES:
             raise self.refuse(op, f"{source} is {name!r}, expected a dtype")
         return mil_ops_element.DTYPES[name]
 

@@ -11,16 +11,13 @@ from loraduct.errors import Refused
 from loraduct.formats.coreml.program import NUMPY, Shape
 from loraduct.text import several
 from loraduct.validation import mil_features
-from loraduct.validation.mil import FULL, STRICT, Ranges
+from loraduct.validation.mil import FAULTS, FULL, STRICT, Ranges
 from loraduct.validation.mil_numbers import Numbers, rounded, widened
 from loraduct.validation.mil_program import OPS, READ, STATE_OPS, WRITE, Constant, Output, Step
 
 if TYPE_CHECKING:
     from loraduct.validation.mil import Machine
 
-_FAULTS = (
-    ValueError, TypeError, LookupError, ArithmeticError, MemoryError, AttributeError,
-)  # fmt: skip
 _FLOATS = ("FLOAT16", "FLOAT32")
 
 
@@ -86,21 +83,23 @@ class Running:
             found |= {o.name: o.dtype for o in step.outputs}
         return found
 
-    def value(self, argument: Any, moves: bool) -> Any:
+    def value(self, argument: Any) -> Any:
         """An argument as an array (a text stays one)."""
         if isinstance(argument, tuple):
-            return [self.value(a, moves) for a in argument]
+            return [self.value(a) for a in argument]
         if isinstance(argument, str):
             return self.values[argument]
         return self.machine.weights.get(argument)
 
     def step(self, step: Step) -> None:
+        # outside of the try: a constant that can't be made says so itself
+        arguments = {p: self.value(a) for p, a in step.arguments.items()}
         try:
             run = self.on_state if step.kind in STATE_OPS else self.computed
-            results = run(step)
+            results = run(step, arguments)
         except Refused as e:
             raise self.failed(step, str(e)) from None
-        except _FAULTS as e:
+        except FAULTS as e:
             raise self.failed(step, f"{type(e).__name__}: {e}") from None
         for declared, value in zip(step.outputs, results, strict=True):
             self.values[declared.name] = value
@@ -115,19 +114,18 @@ class Running:
             tensor=step.name,
         )
 
-    def on_state(self, step: Step) -> list[Any]:
+    def on_state(self, step: Step, arguments: dict[str, Any]) -> list[Any]:
         parameters = STATE_OPS[step.kind]
         name = str(step.arguments[parameters[0]])
         if step.kind != READ:
-            value = self.value(step.arguments[parameters[1]], False)
+            value = arguments[parameters[1]]
             declared = self.program.states[name]
             _check_shape(self.machine.path, self.program.function, step.kind, declared, value.shape)
             self.values[name] = value
         return [] if step.kind == WRITE else [self.values[name]]
 
-    def computed(self, step: Step) -> list[Any]:
+    def computed(self, step: Step, arguments: dict[str, Any]) -> list[Any]:
         op = OPS[step.kind]
-        arguments = {p: self.value(a, op.moves) for p, a in step.arguments.items()}
         if op.wants_numbers:
             half = step.outputs[0].dtype == "FLOAT16"
             arguments["numbers"] = self.strict if half else self.plain
@@ -158,7 +156,8 @@ class Running:
             value = rounded(value, in_place=fresh and value.flags.c_contiguous)
         if self.ranges is not None:
             after = peak if moves else _peak(value)
-            self.ranges.note(self.program.function, step, declared.name, peak, after)
+            where = (self.program.function, step.kind, declared.name)
+            self.ranges.note(where, peak, after, lambda: _before(arguments))
         return value
 
 
@@ -167,6 +166,18 @@ def _peak(value: Any) -> float:
     if not value.size:
         return 0.0
     return float(max(value.max(), -value.min())) if not np.isnan(value.max()) else float("nan")
+
+
+def _before(arguments: dict[str, Any]) -> tuple[float, bool]:
+    """The largest finite |x| among an operation's float inputs, and whether all are finite."""
+    largest, finite = 0.0, True
+    for argument in arguments.values():
+        for value in argument if isinstance(argument, list) else [argument]:
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size:
+                good = np.isfinite(value)
+                finite = finite and bool(good.all())
+                largest = max(largest, float(np.abs(value).max(initial=0, where=good)))
+    return largest, finite
 
 
 def _check_shape(

@@ -14,6 +14,7 @@ from loraduct.validation import runtimes
 from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.checks import Check
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
+from loraduct.validation.moved import as_they_are
 from loraduct.validation.structure import rope_trap
 
 SAME_RUNTIME = 1e-4  # largest logit difference within one runtime
@@ -80,7 +81,11 @@ def _modules(
 ) -> None:
     """dW of every module, and the first one that is off."""
     renamed = []
-    for adapter in (first, second):
+    settled = as_they_are(first, second, base)
+    if isinstance(settled, Check):
+        parity.checks.append(settled)
+        return
+    for adapter in settled:
         updates = aligned(adapter, base, names)
         if isinstance(updates, Check):
             parity.checks.append(updates)

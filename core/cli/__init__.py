@@ -19,6 +19,7 @@ VERBS = {
     "inspect": "Say what an adapter is, for which base, and what is odd about it.",
     "convert": "Convert an adapter to another format, exactly or not at all.",
     "validate": "Prove an adapter against its base, or two adapters against each other.",
+    "package": "Build a Core ML package of a base, and add, replace or remove its adapters.",
     "annotate": "Write name, version, task, licence and description into an adapter.",
     "formats": "List the formats, and which extras are installed.",
 }

@@ -53,7 +53,8 @@ def command(
 ) -> None:
     """Say what the adapter at PATH is: method, base, ranks, scales, targets, size, traps.
 
-    PATH is a folder, a file in it, or a folder of several adapters.
+    PATH is a folder, a file in it, or a folder of several adapters; of a Core ML package it says
+    what is in it, and PACKAGE:NAME is one of its adapters.
     """
     of_adapter = {
         "PATH": path is not None,
@@ -85,6 +86,9 @@ def command(
 
         model = read_base(base)
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False, base=model)
+    if adapter_name is None and path.is_dir() and detect(path) == "coreml":
+        _package(path, as_json)
+        return
     several = adapters_in(path) if path.is_dir() and not adapter_name else {}
     if several and detect(path) is None and len(several) > 1:
         found = [_document(p, options, stats, tensors) for p in several.values()]
@@ -101,6 +105,17 @@ def command(
         print_json(document)
     else:
         click.echo(_text(document))
+
+
+def _package(path: Path, as_json: bool) -> None:
+    """A Core ML package as a whole; one of its adapters is asked for by name."""
+    from loraduct.formats.coreml import describe, package
+
+    document = describe.describe(package.read(path))
+    if as_json:
+        print_json(document)
+    else:
+        click.echo("\n".join(describe.lines(document)))
 
 
 def _document(path: Path, options: ReadOptions, stats: bool, tensors: bool) -> dict[str, Any]:

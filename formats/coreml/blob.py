@@ -209,9 +209,7 @@ class Layout:
             yield header(count or len(self.parts))
             done = ALIGN
         for at, record, data in self.parts:
-            if at > done:
-                yield bytes(at - done)
-            yield record
+            yield bytes(at - done) + record
             done = at + ALIGN
             for piece in data:
                 yield piece

@@ -107,9 +107,11 @@ class Ops:
             raise Refused(
                 self.package.spec_path, "is in loraduct's record, not in the program", tensor=name
             )
+        file = self.package.weight_path(value.blobFileValue.fileName)  # never one outside
         dtype, shape = type_of(value.type)
         if dtype != HALF or None in shape or value.blobFileValue.fileName != FILE:
-            raise Refused(self.package.spec_path, f"{dtype}, a {HALF} is expected", tensor=name)
+            what = f"is {dtype} in {file.name}, a {HALF} in {WEIGHT_FILE} is expected"
+            raise Refused(self.package.spec_path, what, tensor=name)
         return Blob(value.blobFileValue.offset, tuple(s for s in shape if s is not None))
 
 

@@ -304,7 +304,7 @@ def test_trap_11_in_half_precision(
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
-    rslora: bool, train: Train, refused: Callable[..., str], convert: Convert, tiny: Tiny,
+    rslora: bool, train: Train, refused: Callable[..., str], convert: Convert, tiny: Tiny, run: Any,
     peers: ModuleType, zoo: ModuleType,
 ) -> None:  # fmt: skip
     """Without lora_diag A and B look like any LoRA; what PEFT cuts away is part of the update."""
@@ -314,6 +314,7 @@ def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
     source = train(["q_proj", "v_proj"], kasa_config=KasaConfig(), use_rslora=rslora)
     for to in ("mlx", "peft"):
         assert "KaSA" in refused(source, to, saying="--base BASE")
+    assert "KaSA" in run("inspect", source).stdout
     expected = peers.torch_logits(
         peers.PeftModel.from_pretrained(peers.hf_base(base), source), zoo.TOKENS
     )
@@ -323,6 +324,29 @@ def test_trap_12_kasa_has_a_diagonal_and_cuts_the_base(
     plainly = convert(source, "peft", "--base", base)
     assert not peers.read_json(plainly / peers.CONFIG).get("kasa_config")
     peers.assert_same_logits(peers.peft_logits(base, plainly, zoo.TOKENS), expected, plain)
+
+
+@pytest.mark.parametrize("way", ["kasa", "pissa", "olora"])
+def test_validate_knows_what_the_base_is_moved_by(
+    way: str, train: Train, convert: Convert, run: Any, tiny: Tiny, peers: ModuleType
+) -> None:
+    """PEFT's factors are relative to another base than the result's; a wrong module is found."""
+    from peft.tuners.lora.config import KasaConfig
+
+    base = tiny("llama").path
+    options = {"kasa_config": KasaConfig()} if way == "kasa" else {"init_lora_weights": way}
+    source = train(["q_proj", "v_proj"], **options)
+    there = convert(source, "mlx", "--base", base)
+    done = run("validate", source, there, "--base", base)
+    assert done.exit_code == 0, done.output
+    path = there / peers.MLX_WEIGHTS
+    name = "model.layers.1.self_attn.v_proj"
+    tensors = peers.load_file(path)
+    tensors[f"{name}.lora_b"][0] *= 1.02
+    peers.rewrite_tensors(path, tensors)
+    done = run("validate", source, there, "--base", base)
+    assert done.exit_code == 3
+    assert name in done.output
 
 
 def test_kasa_and_lora_are_not_taken_for_one_another(

@@ -71,7 +71,7 @@ def model(name: str) -> Any:
                 offset = 0.0 if "bias" in key or "gemma" in family else 1.0
                 parameter.copy_(offset + 0.3 * torch.randn_like(parameter))
             else:
-                parameter.mul_(6.0 if "embed" not in key else 30.0)
+                parameter.mul_(4.0 if "embed" not in key else 30.0)
     return made.half().float()
 
 

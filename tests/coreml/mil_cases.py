@@ -203,8 +203,8 @@ CASES = [
     Case("range_1d", {"start": np.float32(0), "end": np.float32(1), "step": np.float32(0.25)},
          label="float"),
     Case("range_1d", {"start": np.int32(5), "end": np.int32(0), "step": np.int32(-2)}, label="down"),
-    *(Case("band_part", {"x": f(4, 5)}, {"lower": l, "upper": u}, label=str(n))
-      for n, (l, u) in enumerate(((0, -1), (-1, 0), (1, 1), (-1, -1)))),
+    *(Case("band_part", {"x": f(4, 5)}, {"lower": low, "upper": up}, label=str(n))
+      for n, (low, up) in enumerate(((0, -1), (-1, 0), (1, 1), (-1, -1)))),
     Case("one_hot", {"indices": np.int32([2, 0, 1])}, {"one_hot_vector_size": 4, "axis": 0,
          "on_value": np.float32(3), "off_value": np.float32(-1)},
          oracle=by_numpy(lambda indices, **_: np.where(

@@ -100,7 +100,9 @@ def test_coremltools_accepts_them_and_infers_the_same_types(models, tmp_path, ct
                     declared = types[out.name]
                     assert len(sizes) == len(declared), out.name
                     pairs = zip(sizes, declared, strict=True)
-                    assert all(a == b for a, b in pairs if a is not None and b is not None), out.name
+                    assert all(a == b for a, b in pairs if a is not None and b is not None), (
+                        out.name
+                    )
         multi = {"function_name": function} if spec.description.functions else {}
         ct.models.MLModel(str(path), skip_model_load=True, **multi)
 

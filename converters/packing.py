@@ -1,0 +1,70 @@
+"""Values of 1 to 8 bits as a little-endian stream of bits, low bits first, and back.
+
+So Core ML stores indices (coremltools 9.0, ``constexpr_lut_to_dense`` of iOS16, and weight files), and
+so MLX packs weights into uint32 (mlx 0.32.4), 3, 5 and 6 bits included.
+
+Neighbours are joined two by two in words of twice the width, until a word's bits are whole bytes:
+a few passes over the data instead of one byte per bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_STEPS = {1: 3, 2: 2, 3: 3, 4: 1, 5: 3, 6: 2, 7: 3, 8: 0}  # bits -> doublings to whole bytes
+_WORDS = ("<u1", "<u2", "<u4", "<u8")
+BLOCK = 1 << 16  # values at once: what is computed on the way stays in the cache
+
+
+def packed(values: Any, bits: int) -> Any:
+    """``values`` (any shape, uint8, < 2**bits) as bytes (ceil(n * bits / 8),); the last is filled
+    with zero bits."""
+    import numpy as np
+
+    flat = np.ascontiguousarray(values, np.uint8).reshape(-1)
+    size = -(-flat.size * bits // 8)
+    if bits == 8:
+        return flat
+    out = np.empty(size, np.uint8)
+    for at in range(0, flat.size, BLOCK):
+        block = _joined(flat[at : at + BLOCK], bits)
+        into = out[at * bits // 8 : (at + BLOCK) * bits // 8]
+        into[:] = block[: into.size]
+    return out
+
+
+def _joined(flat: Any, bits: int) -> Any:
+    import numpy as np
+
+    steps = _STEPS[bits]
+    if rest := -flat.size % (1 << steps):
+        flat = np.concatenate((flat, np.zeros(rest, np.uint8)))
+    words, width, used = flat, 8, bits
+    for word in _WORDS[1 : steps + 1]:
+        words = words.view(word)
+        low = (1 << used) - 1
+        words = (words & low) | ((words >> (width - used)) & (low << used))
+        width, used = 2 * width, 2 * used
+    return words.view(np.uint8).reshape(-1, width // 8)[:, : used // 8].reshape(-1)
+
+
+def unpacked(stream: Any, bits: int, count: int) -> Any:
+    """``count`` values (uint8) from the bytes that ``packed`` makes."""
+    import numpy as np
+
+    steps = _STEPS[bits]
+    width, used = 8 << steps, bits << steps
+    stream = np.asarray(stream, np.uint8).reshape(-1)
+    words = -(-stream.size * 8 // used)
+    wide = np.zeros((words, width // 8), np.uint8)
+    whole = stream.size * 8 // used
+    wide[:whole, : used // 8] = stream[: whole * used // 8].reshape(whole, -1)
+    if whole < words:
+        rest = stream[whole * used // 8 :]
+        wide[-1, : rest.size] = rest
+    values = wide.view(_WORDS[steps]).reshape(-1)
+    for word in reversed(_WORDS[:steps]):
+        width, used = width // 2, used // 2
+        low = (1 << used) - 1
+        values = ((values & low) | ((values >> used) & low) << width).view(word)
+    return values[:count]
