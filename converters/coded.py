@@ -103,10 +103,7 @@ def code_values(bf16: bool) -> Any:
     import numpy as np
 
     codes = np.arange(_CODES, dtype=np.uint16)
-    if bf16:
-        wide = (codes.astype(np.uint32) << 16).view(np.float32)
-    else:
-        wide = codes.view(np.float16).astype(np.float32)
+    wide = (codes.astype(np.uint32) << 16).view(np.float32) if bf16 else codes.view(np.float16)
     with np.errstate(invalid="ignore"):  # signalling NaNs
         return wide.astype(np.float64)
 

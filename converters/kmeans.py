@@ -25,7 +25,7 @@ EXACT = 96  # so many distinct values or fewer: all positions are candidates
 # the share of the error that a round must take off to be followed by another). Measured against exact
 # optima on SmolLM2's weights: THOROUGH is within 2e-5 of them at 2 to 8 bits, QUICK within 3e-4 at 2
 # to 4 bits and 3e-3 at 6 and 8, in a third of the time.
-THOROUGH = ((4, 16, 1e-3), (32, 64, 1e-4), (256, 32, 1e-5), (0, 16, 1e-6))
+THOROUGH = ((4, 16, 1e-2), (32, 48, 1e-4), (256, 32, 1e-5), (0, 8, 1e-6))
 WIDE = ((4, 16, 1e-3), (32, 32, 1e-4), (256, 32, 1e-5))  # the same of many clusters
 QUICK = ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3))
 MANY = 32  # clusters
@@ -65,7 +65,8 @@ def points(rows: Iterable[tuple[Any, Any]]) -> Points:
     import numpy as np
 
     pairs = [
-        (np.asarray(values, np.float64), np.asarray(weights, np.float64)) for values, weights in rows
+        (np.asarray(values, np.float64), np.asarray(weights, np.float64))
+        for values, weights in rows
     ]
     count = np.array([len(values) for values, _ in pairs], np.int64)
     start = np.cumsum(count) - count
@@ -125,9 +126,7 @@ def _exact(points: Points, rows: Any, k: int) -> tuple[Any, Any]:
     return _best(points, rows, candidates)
 
 
-def _refined(
-    points: Points, rows: Any, k: int, *, schedule: Schedule
-) -> tuple[Any, Any]:
+def _refined(points: Points, rows: Any, k: int, *, schedule: Schedule) -> tuple[Any, Any]:
     """From density^(1/3) to joint moves of all boundaries, coarse to fine."""
     import numpy as np
 
@@ -207,7 +206,7 @@ def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
             np.divide(d, n, out=d)
             np.copyto(d, -np.inf, where=n <= 0)
             np.add(d, best[:, None, :], out=d)
-            np.argmax(d, axis=2, out=chosen[j])
+            d.argmax(2, out=chosen[j])
             best = d.reshape(-1)[chosen[j] + rows_of_d]
         end = first + count
         d = points.moment[end][:, None] - moment[:, -1]

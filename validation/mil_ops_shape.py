@@ -154,11 +154,27 @@ def slice_update(
 ) -> Any:
     """``x`` with ``update`` in place of a slice."""
     index = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    if x[index].shape != np.shape(update):
+    return _overwritten(x.copy(), index, update)
+
+
+def slice_of(arguments: dict[str, Any]) -> Any:
+    """The part of ``x`` that a slice_update with these arguments replaces, a view."""
+    masks = (arguments.get(m) for m in ("stride", "begin_mask", "end_mask", "squeeze_mask"))
+    return arguments["x"][_slices(arguments["x"], arguments["begin"], arguments["end"], *masks)]
+
+
+def overwrite(arguments: dict[str, Any]) -> Any:
+    """slice_update without a copy, for an ``x`` that nothing else needs."""
+    part = slice_of(arguments)
+    _overwritten(part, ..., arguments["update"])
+    return arguments["x"]
+
+
+def _overwritten(out: Any, index: Any, update: Any) -> Any:
+    if out[index].shape != np.shape(update):
         raise ValueError(
-            f"an update of shape {list(np.shape(update))} for a slice of {list(x[index].shape)}"
+            f"an update of shape {list(np.shape(update))} for a slice of {list(out[index].shape)}"
         )
-    out = x.copy()
     out[index] = update
     return out
 

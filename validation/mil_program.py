@@ -65,12 +65,15 @@ Argument = str | Constant | tuple[str | Constant, ...]  # a name, a constant, or
 
 @dataclass(frozen=True)
 class Step:
-    """One operation. ``frees``: values that nothing needs after it."""
+    """One operation. ``frees``: values that nothing needs after it; ``replaced``: states that are
+    written before they are read again.
+    """
 
     kind: str
     arguments: dict[str, Argument]
     outputs: tuple[Output, ...]
     frees: tuple[str, ...] = ()
+    replaced: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -350,12 +353,15 @@ def names_in(arguments: dict[str, Argument]) -> list[str]:
 
 
 def _with_frees(steps: list[Step], kept: set[str]) -> tuple[Step, ...]:
-    """The steps, each with the values whose last use it is."""
-    seen = set(kept)
+    """The steps, each with the values whose last use it is and the states that are replaced."""
+    seen, replaced = set(kept), frozenset[str]()
     out = []
     for step in reversed(steps):
         used = names_in(step.arguments) + [o.name for o in step.outputs]
         frees = tuple(n for n in dict.fromkeys(used) if n not in seen)
         seen.update(frees)
-        out.append(Step(step.kind, step.arguments, step.outputs, frees))
+        out.append(Step(step.kind, step.arguments, step.outputs, frees, replaced))
+        if step.kind in STATE_OPS:
+            state = str(step.arguments[STATE_OPS[step.kind][0]])
+            replaced = replaced - {state} if step.kind == READ else replaced | {state}
     return tuple(reversed(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ import numpy as np
 from loraduct.errors import Refused
 from loraduct.formats.coreml.program import NUMPY, Shape
 from loraduct.text import several
-from loraduct.validation import mil_features
+from loraduct.validation import mil_features, mil_ops_shape
 from loraduct.validation.mil import FAULTS, FULL, STRICT, Ranges
-from loraduct.validation.mil_numbers import Numbers, rounded, widened
+from loraduct.validation.mil_numbers import Numbers, narrowed, rounded, widened
 from loraduct.validation.mil_program import OPS, READ, STATE_OPS, WRITE, Constant, Output, Step
 
 if TYPE_CHECKING:
     from loraduct.validation.mil import Machine
 
+UPDATES = "slice_update"
 _FLOATS = ("FLOAT16", "FLOAT32")
 
 
@@ -31,6 +33,7 @@ class Running:
         self.plain = Numbers(False, opset)
         self.strict = Numbers(precision == STRICT, opset)
         self.values: dict[str, Any] = {}
+        self.own: dict[int, Any] = {}  # arrays that nobody outside of this run sees, by their id
 
     def run(self, inputs: Mapping[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
         program, path = self.program, self.machine.path
@@ -44,7 +47,10 @@ class Running:
                 f" given: {several(list(state or {}), 5) or 'none'}",
             )
         for name, declared in program.states.items():
-            self.values[name] = self.taken((state or {})[name], declared)
+            given = (state or {})[name]
+            self.values[name] = self.taken(given, declared)
+            if not np.may_share_memory(self.values[name], given):
+                self.owned(self.values[name])
         with np.errstate(all="ignore"):
             for step in program.steps:
                 self.step(step)
@@ -67,7 +73,7 @@ class Running:
     def given(self, value: Any, dtype: str) -> Any:
         """A value as it is handed out."""
         if dtype == "FLOAT16" and not self.full:
-            return value.astype(np.float16)
+            return narrowed(value) if value.dtype == np.float32 else value
         return value
 
     def output(self, name: str, source: str | Constant) -> Any:
@@ -129,7 +135,12 @@ class Running:
         if op.wants_numbers:
             half = step.outputs[0].dtype == "FLOAT16"
             arguments["numbers"] = self.strict if half else self.plain
-        found = op.run(**arguments)
+        if step.kind == UPDATES and self.is_last_use(step, arguments):
+            found = mil_ops_shape.overwrite(arguments)
+        else:
+            found = op.run(**arguments)
+        if step.kind == UPDATES:
+            self.owned(found)
         results = found if isinstance(found, tuple) else (found,)
         if len(results) != len(step.outputs):
             raise ValueError(f"{len(results)} outputs, {len(step.outputs)} are declared")
@@ -137,6 +148,23 @@ class Running:
             self.settled(step, declared, value, op.moves, arguments)
             for declared, value in zip(step.outputs, results, strict=True)
         ]
+
+    def is_last_use(self, step: Step, arguments: dict[str, Any]) -> bool:
+        """Whether a slice can be replaced where it lies: no other value sees that memory.
+
+        A decoder's cache is updated once a layer; copying all of it each time takes longer than
+        the rest of a step.
+        """
+        name, held = step.arguments["x"], self.own.get(id(arguments["x"]))
+        if held is None or held() is not arguments["x"] or name not in step.frees:
+            return False
+        part = mil_ops_shape.slice_of(arguments)
+        others = (v for n, v in self.values.items() if n != name and n not in step.replaced)
+        return not any(np.may_share_memory(v, part) for v in others)
+
+    def owned(self, array: Any) -> None:
+        """Remember an array as this run's own, for as long as it lives."""
+        self.own[id(array)] = weakref.ref(array)
 
     def settled(
         self, step: Step, declared: Output, value: Any, moves: bool, arguments: dict[str, Any]

@@ -14,6 +14,7 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 
 if TYPE_CHECKING:
     from loraduct.converters.package import Member, Report
+    from loraduct.converters.packaging import Built
 
 _SPECS = "NAME=ADAPTER[:WEIGHT][+...]"
 
@@ -67,13 +68,45 @@ def command(
     wanted = dict(parsed(spec) for spec in adapters)
     if len(wanted) < len(adapters):
         raise click.UsageError("two adapters have one name")
-    from loraduct.converters import coreml
+    if max_rank is not None and how != "inputs":
+        raise click.UsageError("--max-rank goes with --adapters inputs")
+    from loraduct.converters import coreml, packaging
     from loraduct.formats import base as base_folder
 
     options = coreml.Options(
-        target=target, shapes=_shapes(shapes), stateless=stateless, context=context
+        target=target,
+        shapes=_shapes(shapes),
+        stateless=stateless,
+        context=context,
+        max_rank=max_rank,
     )
-    coreml.build(base_folder.read(base), output, options)
+    built = packaging.package(base_folder.read(base), output, wanted, how, options, force=force)
+    _say_built(output, how, built, as_json)
+
+
+def _say_built(output: Path, how: str, built: Built, as_json: bool) -> None:
+    """What was built, for people or for programs."""
+    from loraduct.converters.package import size_of
+    from loraduct.text import printable, size
+
+    sizes = {str(p): size_of(p) if p.is_dir() else p.stat().st_size for p in built.written}
+    if as_json:
+        report = built.report
+        print_json(
+            {
+                "package": str(output),
+                "adapters": how,
+                "functions": report.functions if report else {},
+                "accounts": {n: a.as_json() for n, a in report.accounts.items()} if report else {},
+                "notes": report.notes if report else [],
+                "written": sizes,
+            }
+        )
+        return
+    if built.report is not None:
+        _say(output, "built", built.report, as_json)
+    for name, count in sizes.items():
+        click.echo(f"wrote {printable(name, 300)}, {size(count)}")
 
 
 @command.command("add")

@@ -30,14 +30,18 @@ COUNTS = (1, 5, 64, 333)
 def storage():
     """coremltools' storage module, without the rest of coremltools."""
     import importlib.util
+    import sys
     from pathlib import Path
 
-    folder = Path(importlib.util.find_spec("coremltools").origin).parent
-    file = folder / "libmilstoragepython.so"
-    spec = importlib.util.spec_from_file_location("libmilstoragepython", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    name = "coremltools.libmilstoragepython"  # it can be loaded once, by us or by coremltools
+    if name not in sys.modules:
+        folder = Path(importlib.util.find_spec("coremltools").origin).parent
+        file = folder / "libmilstoragepython.so"
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 def values_of(dtype, count):

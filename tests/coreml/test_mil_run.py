@@ -16,7 +16,7 @@ from loraduct.errors import LoraductError, Refused
 from loraduct.formats.coreml import package as packages
 from loraduct.formats.coreml.program import const, immediate_value, operation, tensor_type
 from loraduct.formats.coreml.schema import new
-from loraduct.validation import mil
+from loraduct.validation import mil, mil_numbers
 from loraduct.validation.mil_numbers import Numbers, rounded, widened
 
 
@@ -82,6 +82,15 @@ def test_widening_is_numpys() -> None:
     np.testing.assert_array_equal(widened(every), every.astype(FULL))
     many = np.tile(every[np.isfinite(every)], 3).reshape(3, -1)
     np.testing.assert_array_equal(widened(many), many.astype(FULL))
+
+
+def test_narrowing_is_the_way_back() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(HALF)
+    number = ~np.isnan(every)
+    back = mil_numbers.narrowed(every.astype(FULL))
+    np.testing.assert_array_equal(back[number].view(np.uint16), every[number].view(np.uint16))
+    assert np.isnan(back[~number]).all()
+    np.testing.assert_array_equal(mil_numbers.narrowed(np.ones((3, 1 << 15), FULL).T).T, 1)
 
 
 def test_a_strict_sum_rounds_after_every_addition() -> None:
@@ -264,6 +273,72 @@ def test_the_update_of_a_state_as_one_operation(tmp_path: Path) -> None:
     mil.run(made, "count", x, state)
     assert (mil.run(made, "count", x, state)["out"] == 2).all()
     assert (state["total"] == 2).all()
+
+
+def test_a_cache_updated_in_place_changes_nothing_else(tmp_path: Path) -> None:
+    """Slices are replaced in place where that is safe; views taken before keep their values."""
+
+    def put(x: Any, row: int, value: Any) -> Any:
+        return mb.slice_update(x=x, update=value, begin=[row, 0], end=[row + 1, 3])
+
+    def body(x: Any, u: Any) -> Any:
+        a = put(x, 0, u)
+        seen = mb.slice_by_index(x=a, begin=[1, 0], end=[2, 3], name="seen")
+        whole = mb.reshape(x=a, shape=[12])
+        b = put(a, 1, u)
+        c = put(b, 2, mb.slice_by_index(x=b, begin=[1, 0], end=[2, 3]))
+        d = put(c, 2, mb.mul(x=u, y=FULL(2)))
+        return [mb.identity(x=seen), mb.identity(x=whole), mb.identity(x=c), d]
+
+    made = package(tmp_path, body, x=((4, 3), types.fp32), u=((1, 3), types.fp32))
+    x, u = np.arange(12, dtype=FULL).reshape(4, 3), np.full((1, 3), 50, FULL)
+    seen, whole, c, d = mil.run(made, None, {"x": x, "u": u}).values()
+    np.testing.assert_array_equal(x, np.arange(12).reshape(4, 3))
+    np.testing.assert_array_equal(seen, x[1:2])
+    first = np.concatenate([u, x[1:]])
+    np.testing.assert_array_equal(whole, first.reshape(-1))
+    np.testing.assert_array_equal(c, np.concatenate([u, u, u, x[3:]]))
+    np.testing.assert_array_equal(d, np.concatenate([u, u, 2 * u, x[3:]]))
+
+
+def test_a_state_updated_in_place_is_written_and_read_as_the_program_says(tmp_path: Path) -> None:
+    def body(early: bool) -> Any:
+        given = {
+            "u": mb.placeholder((1, 3), dtype=types.fp16),
+            "cache": mb.state_tensor_placeholder((4, 3), types.fp16),
+        }
+        with build.Function(given, opset_version=ct.target.iOS18) as made:
+            x, cache = mb.read_state(input=made.inputs["cache"]), made.inputs["cache"]
+            a = mb.slice_update(x=x, update=made.inputs["u"], begin=[0, 0], end=[1, 3])
+            if early:  # the state is read again before it is written
+                before = mb.identity(x=mb.read_state(input=cache))
+            b = mb.coreml_update_state(state=cache, value=a)
+            c = mb.slice_update(x=b, update=made.inputs["u"], begin=[2, 0], end=[3, 3])
+            if not early:
+                before = mb.identity(x=mb.read_state(input=cache))
+            made.set_outputs([before, mb.identity(x=c)])  # c is never written
+        return made
+
+    def make() -> Any:
+        program = build.Program()
+        for name, early in (("early", True), ("late", False)):
+            program.add_function(name, body(early))
+        program.default_function_name = "early"
+        return program
+
+    made = packages.read(build.save(build.quietly(make), tmp_path / "s.mlpackage"))
+    start, u = np.arange(12, dtype=HALF).reshape(4, 3), np.full((1, 3), 50, HALF)
+    for precision in mil.PRECISIONS:
+        for name in ("early", "late"):
+            given = start.astype(FULL) if precision == mil.FULL else start.copy()
+            state = {"cache": given}
+            run = mil.run(made, name, {"u": u}, state, precision=precision)
+            before, c = run.values()
+            written = np.concatenate([u, start[1:]])
+            np.testing.assert_array_equal(given, start)  # the caller's array
+            np.testing.assert_array_equal(before, start if name == "early" else written)
+            np.testing.assert_array_equal(state["cache"], written)
+            np.testing.assert_array_equal(c, np.concatenate([u, start[1:2], u, start[3:]]))
 
 
 @pytest.mark.parametrize("state", [None, {}, {"other": np.zeros((2, 3), HALF)}])

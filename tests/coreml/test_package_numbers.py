@@ -172,6 +172,10 @@ def test_scales_far_out(fresh, tmp_path, alpha, dtype):
     assert update.scale == before.scale
     if dtype == "float16":
         assert update.b.raw().tobytes() == before.b.raw().tobytes()
+    elif dtype == "bfloat16":  # its eight bits are FLOAT16's too, times a power of two
+        assert (
+            np.abs(update.b.read() - before.b.read()).max() <= 1e-7 * np.abs(before.b.read()).max()
+        )
     else:  # rounded once
         wanted = before.b.read()
-        assert np.allclose(update.b.read(), wanted, rtol=2**-10, atol=1e-5 * abs(wanted).max())
+        assert np.allclose(update.b.read(), wanted, rtol=2**-10, atol=1e-4 * abs(wanted).max())

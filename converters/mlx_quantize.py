@@ -1,0 +1,211 @@
+"""MLX's packed weights: w = scale * q + bias for groups along the last axis, and its 4- and 8-bit floats.
+
+The rules are those of mlx 0.32.4's ``mx.quantize`` and ``mx.dequantize`` (mode affine), whose bits the
+tests compare: the edge of the larger magnitude is hit exactly, the quotient is taken with the scale
+and bias in float32, and both are stored in the weight's dtype. ``optimal`` keeps the format and
+searches scale and bias for the least squared error of what will be read back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraduct.converters.packing import packed, unpacked
+from loraduct.errors import Refused
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+MODES = ("mlx", "optimal")
+_LEAST = 1e-7  # of scales
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # parts of the range that the search starts from
+_FITS = 4  # regressions from each
+_ROWS = 1 << 19  # numbers at once
+
+
+@dataclass(frozen=True)
+class Packed:
+    """``weight`` uint32 (..., in * bits / 32), ``scales`` and ``biases`` (..., in / group) in the
+    dtype of the tensor (bfloat16 is ml_dtypes')."""
+
+    weight: Any
+    scales: Any
+    biases: Any
+    bits: int
+    group: int
+
+
+def quantize(
+    weight: Any,
+    bits: int = 4,
+    group: int = 64,
+    *,
+    mode: str = "mlx",
+    bf16: bool = False,
+    name: str | None = None,
+) -> Packed:
+    """A tensor (..., in) of float16, bfloat16 or float32 (uint16 codes as ``bf16`` says), packed.
+
+    Raises Refused for NaN, Inf, other widths and groups, and where ``group`` doesn't divide in.
+    """
+    import numpy as np
+
+    _check(weight, bits, group, mode, name)
+    stored = typed(weight, bf16=bf16, name=name)
+    groups = stored.reshape(-1, group)
+    codes = np.empty(groups.shape, np.uint8)
+    scales, biases = (np.empty(len(groups), stored.dtype) for _ in range(2))
+    step = max(1, _ROWS // group)
+    for at in range(0, len(groups), step):
+        part = slice(at, at + step)
+        wide = groups[part].astype(np.float32)
+        if not np.isfinite(wide).all():
+            raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
+        scale, bias = _edges(wide, bits)
+        codes[part] = _codes(wide, scale, bias, bits)
+        scales[part], biases[part] = scale.astype(stored.dtype), bias.astype(stored.dtype)
+        if mode == "optimal":
+            _search(wide, bits, codes[part], scales[part], biases[part])
+    rows = weight.shape[:-1]
+    return Packed(
+        packed(codes, bits).view("<u4").reshape(*rows, -1),
+        scales.reshape(*rows, -1),
+        biases.reshape(*rows, -1),
+        bits,
+        group,
+    )
+
+
+def dequantize(weight: Packed) -> Any:
+    """The tensor that ``mx.dequantize`` gives, in the dtype of the scales: product, then sum, each
+    rounded."""
+    import numpy as np
+
+    p = weight
+    codes = unpacked(np.ascontiguousarray(p.weight).view(np.uint8), p.bits, p.scales.size * p.group)
+    dense = _read_back(codes.reshape(-1, p.group), p.scales.reshape(-1), p.biases.reshape(-1))
+    return dense.reshape(*p.scales.shape[:-1], -1)
+
+
+def _read_back(codes: Any, scales: Any, biases: Any) -> Any:
+    import numpy as np
+
+    kind = scales.dtype
+    product = (codes.astype(np.float32) * scales.astype(np.float32)[:, None]).astype(kind)
+    return (product.astype(np.float32) + biases.astype(np.float32)[:, None]).astype(kind)
+
+
+def _edges(wide: Any, bits: int) -> tuple[Any, Any]:
+    """MLX's scale and bias (groups,), float32."""
+    import numpy as np
+
+    low, high = wide.min(1), wide.max(1)
+    from_low = np.abs(low) > np.abs(high)
+    scale = np.maximum((high - low) / np.float32((1 << bits) - 1), np.float32(_LEAST))
+    scale = np.where(from_low, scale, -scale)
+    edge = np.where(from_low, low, high)
+    steps = np.rint(edge / scale)
+    whole = steps != 0
+    scale = np.where(whole, edge / np.where(whole, steps, 1), scale)
+    return scale.astype(np.float32), np.where(whole, edge, 0).astype(np.float32)
+
+
+def _codes(wide: Any, scale: Any, bias: Any, bits: int) -> Any:
+    import numpy as np
+
+    steps = np.rint((wide - bias[:, None]) / scale[:, None])
+    return np.clip(steps, 0, (1 << bits) - 1).astype(np.uint8)
+
+
+def _search(wide: Any, bits: int, codes: Any, scales: Any, biases: Any) -> None:
+    """Replace codes, scales and biases in place, group by group, wherever the error gets less."""
+    import numpy as np
+
+    def error(codes: Any, scales: Any, biases: Any) -> Any:
+        gap = _read_back(codes, scales, biases).astype(np.float64) - wide
+        return np.einsum("ij,ij->i", gap, gap)
+
+    kind, least = scales.dtype, error(codes, scales, biases)
+    low, high = wide.min(1), wide.max(1)
+    for part in _SHRINK:
+        scale = (high - low) * np.float32(part / ((1 << bits) - 1))
+        bias = low + (high - low) * np.float32((1 - part) / 2)
+        for _ in range(_FITS):
+            with np.errstate(over="ignore"):
+                s, b = scale.astype(kind), bias.astype(kind)
+            divisor = np.where(s.astype(np.float32) == 0, np.float32(1), s.astype(np.float32))
+            q = _codes(wide, divisor, b.astype(np.float32), bits)
+            now = error(q, s, b)
+            better = now < least  # never where something is Inf or NaN
+            least[better] = now[better]
+            codes[better], scales[better], biases[better] = q[better], s[better], b[better]
+            scale, bias = _regression(wide, q, scale)
+
+
+def _regression(wide: Any, codes: Any, scale: Any) -> tuple[Any, Any]:
+    """The scale and bias that fit codes best; the scale stays where all codes are one."""
+    import numpy as np
+
+    q = codes.astype(np.float32)
+    centre, mean = q.mean(1), wide.mean(1)
+    q -= centre[:, None]
+    spread = np.einsum("ij,ij->i", q, q)
+    fitted = np.divide(np.einsum("ij,ij->i", q, wide), spread, out=scale.copy(), where=spread > 0)
+    return fitted, mean - fitted * centre
+
+
+def typed(weight: Any, *, bf16: bool, name: str | None) -> Any:
+    """The tensor in a float dtype of numpy or ml_dtypes. Raises Refused for others."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = str(weight.dtype)
+    if kind == "uint16":
+        return np.ascontiguousarray(weight).view(ml_dtypes.bfloat16 if bf16 else np.float16)
+    if kind in ("float16", "bfloat16", "float32"):
+        return np.ascontiguousarray(weight)
+    raise Refused(None, f"is {kind}; float16, bfloat16 or float32 can be compressed", tensor=name)
+
+
+def _check(weight: Any, bits: int, group: int, mode: str, name: str | None) -> None:
+    """Raises Refused for what MLX has no form of."""
+    if bits not in BITS or group not in GROUPS or mode not in MODES:
+        raise Refused(
+            None,
+            f"{bits} bits in groups of {group}, {mode}: MLX packs {', '.join(map(str, BITS))} bits in"
+            f" groups of {', '.join(map(str, GROUPS))}; one of {', '.join(MODES)}",
+            tensor=name,
+        )
+    if weight.ndim < 2 or not weight.size or weight.shape[-1] % group:
+        raise Refused(
+            None,
+            f"of shape {list(weight.shape)} can't be packed: MLX packs matrices whose last axis"
+            f" groups of {group} divide",
+            tensor=name,
+        )
+
+
+# mode -> (bits, group, dtype of values, dtype of scales): OCP Microscaling 1.0, NVIDIA's NVFP4
+FLOATS = {
+    "mxfp4": (4, 32, "float4_e2m1fn", "float8_e8m0fnu"),
+    "mxfp8": (8, 32, "float8_e4m3fn", "float8_e8m0fnu"),
+    "nvfp4": (4, 16, "float4_e2m1fn", "float8_e4m3fn"),
+}
+
+
+def dequantize_floats(weight: Any, scales: Any, mode: str, *, name: str | None = None) -> Any:
+    """MLX's small floats (uint32 (..., n), scales uint8 (..., groups)) as float32; products are exact.
+
+    Raises Refused for modes that are not in FLOATS.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    if mode not in FLOATS:
+        raise Refused(None, f"is packed as {mode}; {', '.join(FLOATS)} are read", tensor=name)
+    bits, group, kind, scale_kind = FLOATS[mode]
+    codes = unpacked(np.ascontiguousarray(weight).view(np.uint8), bits, scales.size * group)
+    table = np.arange(1 << bits, dtype=np.uint8).view(getattr(ml_dtypes, kind)).astype(np.float32)
+    factor = np.ascontiguousarray(scales).view(getattr(ml_dtypes, scale_kind)).astype(np.float32)
+    dense = table[codes].reshape(-1, group) * factor.reshape(-1, 1)
+    return dense.reshape(*weight.shape[:-1], -1)

@@ -1,0 +1,90 @@
+"""A package with its adapters: the base built, and adapters put in the way that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from loraduct.adapter import Adapter
+from loraduct.converters import coreml
+from loraduct.converters.neutral import neutral
+from loraduct.converters.package import Member, Report, put
+from loraduct.errors import Refused
+from loraduct.formats import read
+from loraduct.formats.base import Base
+from loraduct.formats.coreml.package import SUFFIX, VALID_NAME, is_package
+from loraduct.formats.options import ReadOptions
+from loraduct.text import printable
+
+FUNCTIONS, MERGED, INPUTS = "functions", "merged", "inputs"
+Specs = Mapping[str, Sequence[Member]]
+
+
+@dataclass
+class Built:
+    """What was written, and what became of the adapters' tensors (where they became functions)."""
+
+    written: list[Path] = field(default_factory=list)
+    report: Report | None = None
+
+
+def package(
+    base: Base,
+    output: Path,
+    wanted: Specs,
+    how: str,
+    options: coreml.Options,
+    reading: ReadOptions | None = None,
+    *,
+    force: bool = False,
+) -> Built:
+    """Write ``output``: the base with adapters as functions, merged, or as arguments.
+
+    Raises Refused, with nothing written, for what can't be had exactly.
+    """
+    check_output(output, force)
+    done = Built()
+    for name in wanted:
+        if not VALID_NAME.match(name):
+            what = f"{printable(repr(name), 80)} is a name that Core ML refuses: letters, digits, _"
+            raise Refused(output, what)
+    if how == FUNCTIONS:
+        if wanted and options.target == "iOS17":
+            raise Refused(
+                output, "iOS17 holds one function: use --adapters merged, or --adapters inputs"
+            )
+
+        def then(stage: Path) -> None:
+            done.report = put(stage, wanted, reading)
+
+        done.written = coreml.build(base, output, options, then=then if wanted else None)
+        return done
+    if not wanted:
+        raise Refused(output, f"--adapters {how}: give an adapter (-a NAME=ADAPTER)")
+    read_in = {n: [(_read(m, base, reading), m.weight) for m in ms] for n, ms in wanted.items()}
+    if how == MERGED:
+        if len(read_in) > 1:
+            raise Refused(output, "merged weights are one model: give one -a, or several with +")
+        done.written = coreml.build(base, output, options, merged=next(iter(read_in.items())))
+        return done
+    ranks = [sum(a.rank for a, _ in one) for one in read_in.values()]
+    options = replace(options, max_rank=options.max_rank or max(ranks))
+    done.written = coreml.build(base, output, options, inputs=read_in)
+    return done
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse a target that is no package's name, or that is there and isn't ours to replace."""
+    if output.suffix != SUFFIX:
+        raise Refused(output, f"a package's name ends in {SUFFIX}")
+    if output.exists() or output.is_symlink():
+        if not is_package(output):
+            raise Refused(output, "is there and is no package; nothing was changed")
+        if not force:
+            raise Refused(output, "is there; --force replaces it")
+
+
+def _read(member: Member, base: Base, reading: ReadOptions | None) -> Adapter:
+    path = Path(member.source)
+    return neutral(read(path, replace(reading or ReadOptions(), base=base)), base)
