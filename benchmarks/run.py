@@ -8,6 +8,7 @@ from pathlib import Path
 
 import convert
 import experts
+import interpreter
 import startup
 from measure import (
     Table,
@@ -33,7 +34,11 @@ def measure_all(ranks: tuple[int, ...]) -> tuple[list[Table], list[Target]]:
     start_tables, start_targets = startup.measure_all()
     tables, targets = convert.measure_all(ranks)
     moe_tables, moe_targets = experts.measure_all()
-    return start_tables + tables + moe_tables, start_targets + targets + moe_targets
+    run_tables, run_targets = interpreter.measure_all()
+    return (
+        start_tables + tables + moe_tables + run_tables,
+        start_targets + targets + moe_targets + run_targets,
+    )
 
 
 def markdown(tables: list[Table], command: str) -> str:

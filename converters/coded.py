@@ -199,3 +199,16 @@ def _finite(values: Any, name: str | None) -> None:
     if not np.isfinite(values).all():
         what = "NaN" if np.isnan(values).any() else "Inf"
         raise Refused(None, f"holds {what}; nothing was compressed", tensor=name)
+
+
+def typed(weight: Any, *, bf16: bool, name: str | None) -> Any:
+    """The tensor in a float dtype of numpy or ml_dtypes. Raises Refused for others."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = str(weight.dtype)
+    if kind == "uint16":
+        return np.ascontiguousarray(weight).view(ml_dtypes.bfloat16 if bf16 else np.float16)
+    if kind in ("float16", "bfloat16", "float32"):
+        return np.ascontiguousarray(weight)
+    raise Refused(None, f"is {kind}; float16, bfloat16 or float32 can be compressed", tensor=name)

@@ -16,7 +16,7 @@ from typing import Any
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement
 from loraduct.errors import Refused
-from loraduct.formats.coreml.blob import Layout
+from loraduct.formats.coreml.blob import ALIGN, Layout
 from loraduct.formats.coreml.edit import HALF, Blob, Swap
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import mangled
@@ -29,37 +29,36 @@ FAR = 10  # a scale within 2**-FAR and 2**FAR is left alone
 # fit as they are, where their range does; of float32, more than rounding does on average
 _LOSSES = {"BF16": 0.0, "F32": 0.6 * UNIT_ROUNDOFF["F16"]}
 _SMALL = 4 << 20  # bytes of a blob that is compared with others
+_HEAD = 64  # bytes by which blobs are told apart at first
 _BLOCK = 4 << 20  # bytes of a weight worked on at once
 
 
 class Store:
     """New blobs behind those of a package's weight file; equal ones are stored once."""
 
-    def __init__(self, package: Package, start: int) -> None:
+    def __init__(self, package: Package, start: int, others: Mapping[int, int]) -> None:
+        """``start``: where new blobs begin. ``others``: blobs that may serve again, and their ends."""
         self.package = package
         self.layout = Layout(start)
         self._tensors: dict[int, Tensor] = {}
-        self._alike: dict[int, list[int]] = {}  # bytes -> offsets of blobs not looked at yet
-        self._known: dict[bytes, int] = {}
-
-    def know(self, offsets: set[int]) -> None:
-        """Blobs of the package that may serve again."""
-        for offset in sorted(offsets):
-            data, end = self.package.blobs.span(offset, "a weight")
-            self._alike.setdefault(end - data, []).append(offset)
+        self._of_size: dict[int, list[int]] = {}  # blobs not looked at yet
+        self._alike: dict[tuple[int, bytes], list[int]] = {}  # by size and first bytes
+        for offset, end in others.items():
+            self._of_size.setdefault(end - offset - ALIGN, []).append(offset)
 
     def put(self, tensor: Tensor) -> Blob:
         """The blob of a FLOAT16 tensor, which is written when the package is."""
         size = tensor.nbytes
-        seen = size in self._alike
-        alike = self._alike.setdefault(size, [])
-        if seen and size <= _SMALL:  # where no other has its size, none need be read
-            while alike:
-                offset = alike.pop()
-                self._known[_digest(self._pieces(offset))] = offset
+        for offset in self._of_size.pop(size, []):
+            head = self.package.blobs.source.read(offset + ALIGN, min(size, _HEAD), "a weight")
+            self._alike.setdefault((size, bytes(head)), []).append(offset)
+        first = memoryview(next(iter(tensor.chunks()), b"")).cast("B")
+        alike = self._alike.setdefault((size, bytes(first[:_HEAD])), [])
+        if alike and size <= _SMALL:
             digest = _digest(tensor.chunks())
-            if digest in self._known:
-                return Blob(self._known[digest], tensor.shape)
+            for offset in alike:
+                if _digest(self._pieces(offset)) == digest:
+                    return Blob(offset, tensor.shape)
         offset = self.layout.add(HALF, math.prod(tensor.shape), tensor.chunks())
         alike.append(offset)
         self._tensors[offset] = tensor

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraduct.converters.coded import typed
 from loraduct.converters.packing import packed, unpacked
 from loraduct.errors import Refused
 
@@ -152,19 +153,6 @@ def _regression(wide: Any, codes: Any, scale: Any) -> tuple[Any, Any]:
     spread = np.einsum("ij,ij->i", q, q)
     fitted = np.divide(np.einsum("ij,ij->i", q, wide), spread, out=scale.copy(), where=spread > 0)
     return fitted, mean - fitted * centre
-
-
-def typed(weight: Any, *, bf16: bool, name: str | None) -> Any:
-    """The tensor in a float dtype of numpy or ml_dtypes. Raises Refused for others."""
-    import ml_dtypes
-    import numpy as np
-
-    kind = str(weight.dtype)
-    if kind == "uint16":
-        return np.ascontiguousarray(weight).view(ml_dtypes.bfloat16 if bf16 else np.float16)
-    if kind in ("float16", "bfloat16", "float32"):
-        return np.ascontiguousarray(weight)
-    raise Refused(None, f"is {kind}; float16, bfloat16 or float32 can be compressed", tensor=name)
 
 
 def _check(weight: Any, bits: int, group: int, mode: str, name: str | None) -> None:

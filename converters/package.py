@@ -94,11 +94,12 @@ def put(
     base = _base(package, found)
     groups = {name: _functions_of(base, name) for name in wanted}
     _check_names(package, found, groups, over)
-    offsets = {n: edit.offsets_of(f) for n, f in package.functions.items()}
-    end, blobs = _end(package, found, offsets)
-    store = Store(package, end)
-    of_base: set[int] = set().union(*(offsets[f] for f in base.functions))
-    store.know(set().union(*offsets.values()) - of_base)
+    used = edit.used_blobs(package)
+    end, blobs = _end(package, found, used)
+    of_base: set[int] = set().union(
+        *(edit.offsets_of(package.functions[f]) for f in base.functions)
+    )
+    store = Store(package, end, {o: e for o, e in used.items() if o not in of_base})
     for i, (name, members) in enumerate(wanted.items()):
         own = set(groups[name].values())
         later = {f for n in list(wanted)[i + 1 :] for f in groups[n].values()}
@@ -157,7 +158,7 @@ def remove(path: Path, names: Sequence[str]) -> Report:
                 del found["functions"][function]
             _undescribe(package.model, functions)
             report.functions[name] = functions
-        end, blobs = _end(package, found)
+        end, blobs = _end(package, found, edit.used_blobs(package))
         found["weights"] = {"end": end, "blobs": blobs}
         _prune(found)
         _commit(package, found)
@@ -208,7 +209,7 @@ def _base(package: Package, found: Record) -> PackageBase:
     again = "build it again with all its adapters (`loraduct package --base BASE -a NAME=...`)"
     if not package.model.description.functions:
         raise Refused(package.path, f"holds one function, as before iOS18: {again}")
-    if not base.functions:
+    if not base.functions or "merged" in found:
         raise Refused(package.path, f"has no function of the base alone: {again}")
     return base
 
@@ -259,11 +260,7 @@ def _resolved(
         row = found["adapters"][source]
         swaps = [swap_of(base, p, b) for p, b in replaced.items()]
         return _Part(source, weight, parts, swaps, row)
-    label = name
-    if stacked:
-        label = f"{name}_{k + 1}"
-        if label in found["adapters"] and _users(found, label) - {name}:
-            raise Refused(package.path, f"{label} is there; give {source} a name of its own first")
+    label = f"{name}_{k + 1}" if stacked else name
     adapter = read_adapter(Path(source), options)
     if adapter.format == "peft" and peft_config.moves_base(adapter.config):
         way = adapter.config["init_lora_weights"]
@@ -337,15 +334,12 @@ def _undescribe(model: Any, functions: Iterable[str]) -> None:
     model.description.functions.extend(copies)
 
 
-def _end(
-    package: Package, found: Record, offsets: Mapping[str, set[int]] | None = None
-) -> tuple[int, int]:
+def _end(package: Package, found: Record, used: Mapping[int, int]) -> tuple[int, int]:
     """Where new blobs may begin, and how many there are before.
 
     Behind all that this program refers to, or an earlier one did: whoever still reads by that one
     is not disturbed.
     """
-    used = edit.used_blobs(package, offsets)
     known = found.get("weights") or {"end": 0, "blobs": len(used)}
     return max([*used.values(), min(known["end"], package.blobs.size)]), known["blobs"]
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraduct.converters.coded import coded
-from loraduct.converters.scaled import numbers
+from loraduct.converters.coded import coded, typed
 from loraduct.errors import Refused
 
 SCALES = {"float16": "FLOAT16", "float32": "FLOAT32"}
@@ -61,10 +60,7 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
     import numpy as np
 
     _check(tuple(weight.shape), options, name)
-    wide = numbers(weight, bf16=options.bf16, name=name)
-    if not np.isfinite(wide).all():
-        raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
-    rows, scales_shape, back = _rows(wide, options)
+    rows, scales_shape, back = _rows(typed(weight, bf16=options.bf16, name=name), options)
     scale, offset = np.empty(len(rows)), np.empty(len(rows))
     if options.granularity == "tensor":
         code = coded(weight, bf16=options.bf16, name=name)  # a range is searched on the histogram
@@ -73,28 +69,28 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
         step = max(1, _NUMBERS // rows.shape[1])
         for at in range(0, len(rows), step):
             part = slice(at, at + step)
-            scale[part], offset[part] = _fit(rows[part], None, options, name)
-    low, high = limits(options)
-    data = np.empty(rows.shape, np.int8)
-    error, kind = 0.0, np.dtype(options.scale)
-    width = max(1, _NUMBERS // min(rows.shape[1], _NUMBERS))
-    for at in range(0, len(rows), width):
-        part = slice(at, at + width)
-        for inner in range(0, rows.shape[1], _NUMBERS):
-            cell = (part, slice(inner, inner + _NUMBERS))
-            s, z = scale[part, None], offset[part, None]
-            codes = np.clip(np.rint(rows[cell] / s) + z, low, high)
-            data[cell] = codes
-            gap = rows[cell] - ((codes - z).astype(kind) * s.astype(kind)).astype(np.float64)
-            error += float((gap * gap).sum())
+            wide = rows[part].astype(np.float64)
+            if not np.isfinite(wide).all():
+                raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
+            scale[part], offset[part] = _fit(wide, None, options, name)
     shift = 0 if options.signed else 1 << (options.bits - 1)
-    store = np.int8 if options.signed else np.uint8
-    whole = back(data).astype(np.int16) + shift
+    kind, store = np.dtype(options.scale), np.int8 if options.signed else np.uint8
+    (low, high), data, error = limits(options), np.empty(rows.shape, store), 0.0
+    step = max(1, _NUMBERS // rows.shape[1])
+    for at in range(0, len(rows), step):
+        for inner in range(0, rows.shape[1], _NUMBERS):
+            part = slice(at, at + step)
+            cell = (part, slice(inner, inner + _NUMBERS))
+            wide, s, z = rows[cell].astype(np.float64), scale[part, None], offset[part, None]
+            codes = np.clip(np.rint(wide / s) + z, low, high)
+            data[cell] = codes + shift
+            gap = wide - ((codes - z).astype(kind) * s.astype(kind)).astype(np.float64)
+            error += float((gap * gap).sum())
     offsets = None
     if not (options.signed and options.symmetric):
         offsets = (offset + shift).astype(store).reshape(scales_shape)
     return Linear(
-        np.ascontiguousarray(whole.astype(store)),
+        np.ascontiguousarray(back(data)),
         scale.astype(kind).reshape(scales_shape),
         offsets,
         options.bits,
@@ -111,16 +107,16 @@ def limits(options: Options) -> tuple[int, int]:
     return (1 - half if options.symmetric and not options.search else -half), half - 1
 
 
-def _rows(wide: Any, options: Options) -> tuple[Any, tuple[int, ...], Any]:
+def _rows(stored: Any, options: Options) -> tuple[Any, tuple[int, ...], Any]:
     """(numbers that share a scale as rows (groups, n), the scales' shape, the way back)."""
     import numpy as np
 
-    shape, ones = wide.shape, (1,) * wide.ndim
+    shape, ones = stored.shape, (1,) * stored.ndim
     if options.granularity == "tensor":
-        return wide.reshape(1, -1), ones, lambda data: data.reshape(shape)
+        return stored.reshape(1, -1), ones, lambda data: data.reshape(shape)
     if options.granularity == "channel":
-        moved = np.moveaxis(wide, options.axis, 0)
-        scales = ones[: options.axis] + (len(moved),) + ones[options.axis + 1 :]
+        moved = np.moveaxis(stored, options.axis, 0)
+        scales = tuple(len(moved) if axis == options.axis else 1 for axis in range(stored.ndim))
         return (
             moved.reshape(len(moved), -1),
             scales,
@@ -128,7 +124,7 @@ def _rows(wide: Any, options: Options) -> tuple[Any, tuple[int, ...], Any]:
         )
     blocks = shape[1] // options.block
     return (
-        wide.reshape(shape[0] * blocks, -1),
+        stored.reshape(shape[0] * blocks, -1),
         (shape[0], blocks, *ones[2:]),
         lambda data: data.reshape(shape),
     )

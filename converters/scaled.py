@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from loraduct.converters.coded import code_values, raw
+from loraduct.converters.coded import typed
 from loraduct.converters.lut import flat, nearest
 from loraduct.converters.palette import Options, Palette, expand
 
@@ -20,7 +20,7 @@ def palettize(
     """
     import numpy as np
 
-    wide = numbers(weight, bf16=options.bf16, name=name)
+    wide = typed(weight, bf16=options.bf16, name=name).astype(np.float64)
     along = along or [np.ones(n) for n in wide.shape]
     rest = tuple(range(1, wide.ndim))
     scale = _stored(np.abs(wide).max(rest, keepdims=True), options.lut, np.ones(1))
@@ -42,16 +42,6 @@ def palettize(
     return replace(
         again, scale=scale.astype(options.lut), error=float((gap * gap * column * rows).sum())
     )
-
-
-def numbers(weight: Any, *, bf16: bool, name: str | None) -> Any:
-    """A tensor's numbers, float64, in its shape."""
-    import numpy as np
-
-    flat = raw(weight, bf16=bf16, name=name)
-    if flat.dtype == np.uint16:
-        flat = code_values(bf16 or str(weight.dtype) == "bfloat16")[flat]
-    return flat.astype(np.float64).reshape(weight.shape)
 
 
 def _stored(scale: Any, kind: str, otherwise: Any) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from loraduct.converters.coded import typed
 from loraduct.converters.lut import rounded
 from loraduct.converters.palette import Options, Palette
-from loraduct.converters.scaled import numbers
 from loraduct.errors import Refused
 
 SAMPLE = 1 << 16  # vectors that the entries are made from
@@ -39,7 +39,8 @@ def palettize(weight: Any, options: Options, along: list[Any] | None, name: str 
         raise Refused(
             None, "entries of several numbers are for kmeans, without scales", tensor=name
         )
-    moved = np.moveaxis(numbers(weight, bf16=options.bf16, name=name), axis, 0)
+    wide = typed(weight, bf16=options.bf16, name=name).astype(np.float64)
+    moved = np.moveaxis(wide, axis, 0)
     if not np.isfinite(moved).all():
         raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
     shape = moved.shape[1:]

@@ -85,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """A function, ready to run."""
+    """A function, ready to run. ``types``: name -> dtype of every value."""
 
     function: str
     opset: int
@@ -93,6 +93,7 @@ class Program:
     states: dict[str, Output]
     steps: tuple[Step, ...]
     outputs: dict[str, str | Constant]
+    types: dict[str, str]
 
 
 def declared(named: Any) -> Output:
@@ -176,7 +177,7 @@ class _Reader:
                 )
             outputs[name] = self.constants.get(name, name)
         steps = _with_frees(self.steps, {n for n in outputs.values() if isinstance(n, str)})
-        return Program(self.function, int(opset), inputs, self.states, steps, outputs)
+        return Program(self.function, int(opset), inputs, self.states, steps, outputs, self.types)
 
     def define(self, name: str, dtype: str, op: Any) -> None:
         """Every name is given once."""

@@ -35,6 +35,7 @@ class Running:
         self.values: dict[str, Any] = {}
         self.own: dict[int, Any] = {}  # arrays that nobody outside of this run sees, by their id
 
+    @np.errstate(all="ignore")  # what overflows is rounded to infinity, as on a device
     def run(self, inputs: Mapping[str, Any], state: dict[str, Any] | None) -> dict[str, Any]:
         program, path = self.program, self.machine.path
         mil_features.check(self.machine.weights.package, program, inputs)
@@ -51,13 +52,12 @@ class Running:
             self.values[name] = self.taken(given, declared)
             if not np.may_share_memory(self.values[name], given):
                 self.owned(self.values[name])
-        with np.errstate(all="ignore"):
-            for step in program.steps:
-                self.step(step)
+        for step in program.steps:
+            self.step(step)
         for name, declared in program.states.items():
             if state is not None:
                 state[name] = self.given(self.values[name], declared.dtype)
-        return {name: self.output(name, source) for name, source in program.outputs.items()}
+        return {name: self.output(source) for name, source in program.outputs.items()}
 
     def taken(self, array: Any, declared: Output) -> Any:
         """An input or state as it is computed with."""
@@ -71,23 +71,15 @@ class Running:
         return array if self.full or declared.dtype == "FLOAT32" else rounded(array)
 
     def given(self, value: Any, dtype: str) -> Any:
-        """A value as it is handed out."""
-        if dtype == "FLOAT16" and not self.full:
-            return narrowed(value) if value.dtype == np.float32 else value
-        return value
+        """A value as it is handed out, in memory of its own."""
+        value = np.asarray(value)
+        half = dtype == "FLOAT16" and not self.full and value.dtype == np.float32
+        return narrowed(value) if half else value.copy()
 
-    def output(self, name: str, source: str | Constant) -> Any:
+    def output(self, source: str | Constant) -> Any:
         if isinstance(source, Constant):
-            return self.given(np.asarray(self.machine.weights.get(source)), source.dtype)
-        return self.given(self.values[source], self.dtypes[source])
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """Dtypes of what the function yields."""
-        found = {n: o.dtype for n, o in self.program.inputs.items()}
-        for step in self.program.steps:
-            found |= {o.name: o.dtype for o in step.outputs}
-        return found
+            return self.given(self.machine.weights.get(source), source.dtype)
+        return self.given(self.values[source], self.program.types[source])
 
     def value(self, argument: Any) -> Any:
         """An argument as an array (a text stays one)."""

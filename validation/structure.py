@@ -103,8 +103,8 @@ def _shape(adapter: Adapter, base: Base, parameter: str) -> tuple[int, ...] | No
 
 def _complete(adapter: Adapter, base: Base) -> list[Check]:
     """Modules that the config selects in this base but the file has no tensors for, and the reverse."""
-    if adapter.method == "full" or not base.has_weights:
-        return []
+    if adapter.method == "full" or not base.has_weights or adapter.format == "coreml":
+        return []  # in a package the program says what is adapted
     if adapter.format == "peft":
         linear = _linear_in_torch(adapter, base)
         chosen = peft_config.targeted(adapter.config, linear, adapter.path)

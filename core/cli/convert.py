@@ -12,6 +12,7 @@ import click
 from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
 
 if TYPE_CHECKING:
+    from loraduct.adapter import Adapter
     from loraduct.formats.base import Base
     from loraduct.formats.untied import Untied
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("convert")
 @click.argument("source", metavar="SRC", type=PATH)
 @click.option(
-    "--to", "to", type=click.Choice(["peft", "mlx"]), required=True, help="Target format."
+    "--to", "to", type=click.Choice(["peft", "mlx", "coreml"]), required=True, help="Target format."
 )
 @click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
 @base_option
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Write a copy of the base there whose head is not tied, and the adapter for it.",
 )
+@click.option("--merged", is_flag=True, help="For --to coreml: into the weights, not a function.")
 @click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
@@ -92,6 +94,7 @@ def command(
     initial: Path | None,
     always_on: bool,
     untie_base: Path | None,
+    merged: bool,
     force: bool,
     as_json: bool,
     adapter_name: str | None,
@@ -108,8 +111,18 @@ def command(
         raise click.UsageError("--rank and --energy both say how near: give one")
     if untie_base is not None and (to != "mlx" or base is None):
         raise click.UsageError("--untie-base is for --to mlx, and copies --base BASE: give both")
+    if to == "coreml":
+        plain = dtype == "keep" and not (uniform or name_map or include or exclude or initial)
+        if base is None or output is None or not plain or always_on or dry_run:
+            what = "--to coreml takes -o OUT.mlpackage, --base BASE, --merged and --force"
+            raise click.UsageError(f"{what}; convert to peft first for what else is to be changed")
+        _package(source, output, base, merged, force, as_json)
+        return
+    if merged:
+        raise click.UsageError("--merged is for --to coreml")
     from loraduct.converters.approximate import Wanted
     from loraduct.converters.convert import Options, convert
+    from loraduct.converters.unmerge import merged_in
     from loraduct.formats import base as base_folder
     from loraduct.formats import folder, locate, read
     from loraduct.formats.options import ReadOptions
@@ -117,9 +130,14 @@ def command(
     model = base_folder.read(base) if base else None
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, base=model)
     if output is not None:
-        folder.check_target(output, locate(source, options)[0], force)
+        given = source if merged_in(source) else locate(source, options)[0]
+        folder.check_target(output, given, force)
     copy = _untied(untie_base, model, [source, *([output] if output else [])])
-    adapter = read(source, options)
+    if merged_in(source):
+        adapter = _unmerged(source, model, rank, energy)
+        rank = energy = None
+    else:
+        adapter = read(source, options)
     plan = convert(
         adapter,
         Options(
@@ -167,6 +185,37 @@ def command(
     if copy:
         done = f"{len(files)} files, {size(sum(files.values()))}" if files else "not written"
         click.echo(f"untied base {printable(str(untie_base))}: {copy.head}.weight stored, {done}")
+
+
+def _package(
+    source: Path, output: Path, base: Path, merged: bool, force: bool, as_json: bool
+) -> None:
+    """A package with the one adapter, named after its folder."""
+    import re
+
+    from loraduct.cli.package import say_built
+    from loraduct.converters import coreml, packaging
+    from loraduct.converters.package import Member
+    from loraduct.formats import base as base_folder
+
+    words = re.sub(r"\W", "_", source.resolve().name.rpartition(":")[2], flags=re.ASCII)
+    name = words if words and not words[0].isdigit() else f"adapter_{words}"
+    how = packaging.MERGED if merged else packaging.FUNCTIONS
+    wanted = {name: [Member(str(source))]}
+    model = base_folder.read(base)
+    built = packaging.package(model, output, wanted, how, coreml.Options(), force=force)
+    say_built(output, how, built, as_json)
+
+
+def _unmerged(source: Path, model: Base | None, rank: int | None, energy: float | None) -> Adapter:
+    """The adapter that was merged into a package's weights."""
+    from loraduct.converters.extract import Wanted
+    from loraduct.converters.unmerge import unmerge
+    from loraduct.errors import Refused
+
+    if model is None:
+        raise Refused(source, "holds merged weights: give --base BASE, to tell what was merged")
+    return unmerge(source, model, Wanted(rank, energy))
 
 
 def _untied(target: Path | None, model: Base | None, others: list[Path]) -> Untied | None:

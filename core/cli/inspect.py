@@ -125,6 +125,8 @@ def _document(path: Path, options: ReadOptions, stats: bool, tensors: bool) -> d
     adapter = read(path, options)
     adapter = replace(adapter, notes=(*adapter.notes, *_on_base(adapter, options.base)))
     document = describe.describe(adapter, tensors=tensors)
+    if adapter.format == "coreml":  # one of several in one place
+        document["path"] = f"{path}:{options.adapter}" if options.adapter else str(path)
     if stats:
         from loraduct.converters.stats import stats_of
 

@@ -81,10 +81,10 @@ def command(
         max_rank=max_rank,
     )
     built = packaging.package(base_folder.read(base), output, wanted, how, options, force=force)
-    _say_built(output, how, built, as_json)
+    say_built(output, how, built, as_json)
 
 
-def _say_built(output: Path, how: str, built: Built, as_json: bool) -> None:
+def say_built(output: Path, how: str, built: Built, as_json: bool) -> None:
     """What was built, for people or for programs."""
     from loraduct.converters.package import size_of
     from loraduct.text import printable, size

@@ -24,6 +24,7 @@ SYSTEMS = {
     "CoreML8": "iOS 18, macOS 15",
     "CoreML9": "iOS 26, macOS 26",
 }
+_NESTED = ("cond", "while_loop")  # the operations that hold blocks
 # what holds the bulk of a compressed constant's bits
 _CODES = ("indices", "quantized_data", "data", "nonzero_data", "mask")
 
@@ -36,18 +37,13 @@ def describe(package: Package) -> dict[str, Any]:
     users = Counter(o for held in offsets.values() for o in held)
     data = {o: end - begin for o, (begin, end) in spans.items()}
     described = list(model.description.functions) or [model.description]
+    counts = {n: Counter(_kinds(block_of_function(f))) for n, f in package.functions.items()}
     functions = [
-        _function(package, d, offsets, users, data, found.get("functions", {})) for d in described
+        _function(package, d, offsets, users, data, found.get("functions", {}), counts)
+        for d in described
     ]
     opsets = sorted({f.opset for f in package.functions.values()})
-    kinds: Counter[str] = Counter()
-    compressed: dict[str, Counter[str]] = {}
-    for function in package.functions.values():
-        ops = {o.name: op for op in block_of_function(function).operations for o in op.outputs}
-        for op in _operations(block_of_function(function)):
-            kinds[op.type] += 1
-            if op.type.startswith("constexpr_"):
-                compressed.setdefault(op.type, Counter())[_dtype(op, ops)] += 1
+    kinds = sum(counts.values(), Counter[str]())
     weights = package.blobs.size if spans else 0
     live = sum(data.values()) + 64 * (len(data) + 1)
     texts = model.description.metadata.userDefined
@@ -64,7 +60,7 @@ def describe(package: Package) -> dict[str, Any]:
         "functions": functions,
         "adapters": _adapters(found, package, offsets, data),
         "operations": dict(sorted(kinds.items(), key=lambda kv: (-kv[1], kv[0]))),
-        "compression": {k: dict(sorted(c.items())) for k, c in sorted(compressed.items())},
+        "compression": _compression(package, counts),
         "bytes": {
             "program": package.spec_path.stat().st_size,
             "weights": weights,
@@ -80,11 +76,27 @@ def _padding(spans: Mapping[int, tuple[int, int]]) -> int:
     return sum(-end % 64 for end in ends[:-1])
 
 
-def _operations(block: Any) -> Iterator[Any]:
+def _kinds(block: Any) -> Iterator[str]:
+    """Kinds of a block's operations, blocks within included."""
     for op in block.operations:
-        yield op
-        for inner in op.blocks:
-            yield from _operations(inner)
+        kind = op.type
+        yield kind
+        if kind in _NESTED:
+            for inner in op.blocks:
+                yield from _kinds(inner)
+
+
+def _compression(package: Package, counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """Kind of compressed constant -> dtype of its codes -> how many."""
+    found: dict[str, Counter[str]] = {}
+    for name, function in package.functions.items():
+        if not any(kind.startswith("constexpr_") for kind in counts[name]):
+            continue
+        ops = {o.name: op for op in block_of_function(function).operations for o in op.outputs}
+        for op in ops.values():
+            if op.type.startswith("constexpr_"):
+                found.setdefault(op.type, Counter())[_dtype(op, ops)] += 1
+    return {k: dict(sorted(c.items())) for k, c in sorted(found.items())}
 
 
 def _dtype(op: Any, ops: Mapping[str, Any]) -> str:
@@ -110,18 +122,17 @@ def _base(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _function(
     package: Package, described: Any, offsets: Mapping[str, set[int]], users: Counter[int],
-    data: Mapping[int, int], rows: Mapping[str, Any],
+    data: Mapping[int, int], rows: Mapping[str, Any], counts: Mapping[str, Counter[str]],
 ) -> dict[str, Any]:  # fmt: skip
     """One function: what it takes, gives and keeps, how many operations, how many bytes."""
     name = getattr(described, "name", "") or next(iter(package.functions))
     row = rows.get(name, {})
     used = offsets.get(name, set())
-    function = package.functions.get(name, None)
     return {
         "name": name,
         "adapters": [{"name": n, "weight": w} for n, w in row.get("adapters", [])],
         "q": row.get("q"),
-        "operations": sum(1 for _ in _operations(block_of_function(function))) if function else 0,
+        "operations": counts[name].total() if name in counts else 0,
         "inputs": [_feature(f) for f in described.input],
         "outputs": [_feature(f) for f in described.output],
         "states": [_feature(f) for f in described.state],

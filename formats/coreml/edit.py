@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.errors import Refused
-from loraduct.formats.coreml.package import MODEL_PATH, WEIGHT_FILE, Package
+from loraduct.files import read_bytes
+from loraduct.formats.coreml.package import MODEL_PATH, SPEC_LIMIT, WEIGHT_FILE, Package
 from loraduct.formats.coreml.program import (
     Shape,
     blob_value,
@@ -32,6 +33,7 @@ from loraduct.formats.coreml.program import (
     type_of,
 )
 from loraduct.formats.coreml.schema import new
+from loraduct.text import printable
 
 FILE = f"{MODEL_PATH}weights/{WEIGHT_FILE}"
 HALF = "FLOAT16"
@@ -107,37 +109,45 @@ class Ops:
             raise Refused(
                 self.package.spec_path, "is in loraduct's record, not in the program", tensor=name
             )
-        file = self.package.weight_path(value.blobFileValue.fileName)  # never one outside
         dtype, shape = type_of(value.type)
-        if dtype != HALF or None in shape or value.blobFileValue.fileName != FILE:
-            what = f"is {dtype} in {file.name}, a {HALF} in {WEIGHT_FILE} is expected"
+        file = value.blobFileValue.fileName
+        if file != FILE:
+            self.package.weight_path(file)  # says so if it lies outside
+        if dtype != HALF or None in shape or file != FILE:
+            what = f"is {dtype} in {printable(file, 80)}, a {HALF} in {FILE} is expected"
             raise Refused(self.package.spec_path, what, tensor=name)
         return Blob(value.blobFileValue.offset, tuple(s for s in shape if s is not None))
 
 
-def used_blobs(package: Package, offsets: Mapping[str, set[int]] | None = None) -> dict[int, int]:
-    """Offsets of the usual weight file's blobs that the program refers to -> where they end.
+def used_blobs(package: Package) -> dict[int, int]:
+    """Offsets of the usual weight file's blobs that the program on disk refers to -> where they end.
 
-    ``offsets``: those of each function, where they are known. Raises Refused for what is not in the
-    file.
+    Raises Refused for what is not in the file.
     """
-    found = offsets or {n: offsets_of(f) for n, f in package.functions.items()}
-    used = set().union(*found.values())
-    return {o: package.blobs.span(o, "a weight")[1] for o in sorted(used)}
+    data = read_bytes(package.spec_path, SPEC_LIMIT)
+    found = _references(data)
+    if found is None:
+        found = set().union(*(offsets_of(f) for f in package.functions.values()))
+    return {o: package.blobs.span(o, "a weight")[1] for o in sorted(found)}
 
 
 def offsets_of(function: Any) -> set[int]:
-    """Offsets in the usual weight file that a function refers to.
-
-    Found in the message's bytes, where a blobFileValue is its file's name and then its offset: a
-    walk over all operations takes ten times as long. Where that finds not all of them, they are
-    walked over.
-    """
-    data = function.SerializeToString()
-    found = _REFERENCE.findall(data)
-    if len(found) == data.count(FILE.encode()):
-        return {_varint(digits) for digits in found}
+    """Offsets in the usual weight file that a function refers to."""
+    found = _references(function.SerializeToString())
+    if found is not None:
+        return found
     return {v.offset for v in _values_of(function) if v.fileName == FILE}
+
+
+def _references(data: bytes) -> set[int] | None:
+    """Offsets in a message's bytes, where a blobFileValue is its file's name and then its offset.
+
+    A walk over all operations takes ten times as long; it is needed where the name stands
+    elsewhere too, which None says.
+    """
+    found = _REFERENCE.findall(data)
+    complete = len(found) == data.count(FILE.encode())
+    return {_varint(digits) for digits in found} if complete else None
 
 
 def _varint(digits: bytes) -> int:

@@ -26,7 +26,7 @@ SPEC = "com.apple.CoreML/model.mlmodel"
 WEIGHTS = "com.apple.CoreML/weights"
 WEIGHT_FILE = "weight.bin"
 MODEL_PATH = "@model_path/"
-_SPEC_LIMIT = 1 << 30  # bytes of a specification we are willing to parse
+SPEC_LIMIT = 1 << 30  # bytes of a specification we are willing to parse
 # What coremltools asks of function and feature names (`_utils.py`, NameSanitizer).
 VALID_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -119,7 +119,7 @@ def read(path: Path) -> Package:
     from google.protobuf.message import DecodeError
 
     file = spec_path(path)
-    data = read_bytes(file, _SPEC_LIMIT)
+    data = read_bytes(file, SPEC_LIMIT)
     try:
         model = messages()["Model"].FromString(data)
     except (DecodeError, RecursionError):

@@ -143,3 +143,18 @@ def package(cases: Sequence[Case], path: Path, ios: int) -> Path:
         program.add_function(case.name, quietly(function, case, TARGETS[ios]))
     program.default_function_name = cases[0].name
     return save(program, path, ios=ios)
+
+
+def one(path: Path, body: Callable[..., Any], **inputs: Any) -> Path:
+    """A package whose main function is ``body``; inputs: (shape, type)."""
+
+    def make() -> Any:
+        given = {n: mb.placeholder(s, dtype=t) for n, (s, t) in inputs.items()}
+        with Function(given, opset_version=TARGETS[18]) as made:
+            out = body(**made.inputs)
+            made.set_outputs(out if isinstance(out, list) else [out])
+        program = Program()
+        program.add_function("main", made)
+        return program
+
+    return save(quietly(make), path / "made.mlpackage")

@@ -380,10 +380,24 @@ def test_list_and_inspect(world, x, cli):
     assert "iOS 18" in text
     one = json.loads(cli("inspect", f"{x}:one", "--json").stdout)
     assert (one["format"], one["modules"], one["ranks"]) == ("coreml", 21, {"4": 21})
-    assert cli("inspect", x, "--adapter", "one").exit_code == 0
+    named = json.loads(cli("inspect", x, "--adapter", "one", "--json").stdout)
+    assert named == one
+    assert one["path"] == f"{x}:one"
     nobody = cli("inspect", f"{x}:nobody")
     assert nobody.exit_code == 1
     assert "one" in nobody.output
+
+
+def test_validate_compares_module_by_module(world, x, cli):
+    package.add(x, {"one": members(world / "plain"), "two": members(world / "patterns")})
+    base = ["--base", world / "base"]
+    done = cli("validate", world / "plain", f"{x}:one", *base)
+    assert done.exit_code == 0, done.output
+    assert "21 modules" in done.output
+    assert cli("validate", world / "plain", f"{x}:two", *base).exit_code == 3
+    before = adapters.snapshot(x)
+    assert cli("annotate", f"{x}:one", "--name", "bot").exit_code == 1
+    assert adapters.snapshot(x) == before
 
 
 def test_inspect_loads_no_numpy(world):

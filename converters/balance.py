@@ -1,0 +1,47 @@
+"""Low-rank factors turned before they are compressed: dW = b a stays, its error after rounding shrinks.
+
+Rounding errors Ea and Eb make dW wrong by b Ea + Eb a. A quantiser with one scale or table for all of
+a factor makes errors in proportion to the factor's own size, so the expected square of that is
+proportional to |a|^2 |b|^2 (Frobenius norms). Over all invertible R, b R^-1 and R a, its minimum is
+the square of dW's nuclear norm, where a = S^1/2 V' and b = U S^1/2 (dW = U S V'); over scales per rank
+alone it is (sum_i |a_i| |b_i|)^2, where both norms of each rank are equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def balanced(a: Any, b: Any) -> tuple[Any, Any]:
+    """a (r, in), b (out, r) with |a_i| = |b_i| for each rank i. float64; a rank of zeros stays."""
+    import numpy as np
+
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    left, right = np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1)
+    both = (left > 0) & (right > 0)
+    factor = np.sqrt(np.divide(left, right, out=np.ones_like(left), where=both))
+    factor[~both] = 1
+    return a * factor[:, None], b / factor
+
+
+def turned(a: Any, b: Any) -> tuple[Any, Any]:
+    """S^1/2 V' and U S^1/2 from QR of both factors and an SVD of the small core. float64."""
+    import numpy as np
+
+    left, core_left = np.linalg.qr(np.asarray(b, np.float64))
+    right, core_right = np.linalg.qr(np.asarray(a, np.float64).T)
+    u, s, v = np.linalg.svd(core_left @ core_right.T)
+    root = np.sqrt(s)
+    return (root[:, None] * v) @ right.T, left @ (u * root)
+
+
+def mixed(a: Any, b: Any) -> tuple[Any, Any]:
+    """``turned``, with ranks mixed by an orthogonal matrix so that they all have the same norm."""
+    import numpy as np
+
+    a, b = turned(a, b)
+    rank = len(a)
+    n = np.arange(rank)
+    mix = np.sqrt(2 / rank) * np.cos(np.pi * (n[None, :] + 0.5) * n[:, None] / rank)
+    mix[0] /= np.sqrt(2)
+    return mix.T @ a, b @ mix

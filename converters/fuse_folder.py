@@ -1,0 +1,283 @@
+"""A base model with adapters fused into it, as a folder that transformers or mlx-lm loads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.converters import fuse_packed, tied
+from loraduct.converters.fuse_packed import Module
+from loraduct.converters.fuse_places import Placed, placed
+from loraduct.converters.fuse_stream import fused_tensor
+from loraduct.converters.neutral import neutral
+from loraduct.errors import Refused
+from loraduct.formats import model_folder, untied
+from loraduct.formats.base import Base
+from loraduct.formats.model_folder import Stored, copied
+from loraduct.tensor import FLOATS, Tensor
+from loraduct.text import printable
+
+EXACT = "base_sha256"  # key of an adapter's metadata: the fingerprint of the base it is for
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """``dtype``: keep, f32, f16 or bf16. ``shard``: bytes per file. ``growth``: what remedy ``bits``
+    may add to the weights' bytes, as a share of them."""
+
+    dtype: str = "keep"
+    shard: int = model_folder.SHARD
+    allow_kin: bool = False
+    remedy: str = "none"
+    growth: float = 0.10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folder to be written: decided and checked, no weights read yet."""
+
+    base: Base
+    tensors: Mapping[str, Stored]
+    config: Mapping[str, Any]
+    places: Placed
+    adapters: Sequence[tuple[Adapter, float]]  # in transformers' names, relative to the base
+    packed: Mapping[str, Module]
+    untied: str | None  # the head that got a weight of its own
+    notes: tuple[str, ...]
+    shard: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def check_base(base: Base) -> None:
+    """Refuse a base that can't be fused into, with the way out."""
+    settings = base.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None:
+        raise Refused(
+            base.path / "config.json",
+            f"is quantised by {printable(str(method), 40)}: fuse into the unquantised model it was made"
+            " from and quantise the result again, or unpack it first (transformers: model.dequantize())",
+        )
+    if not base.has_weights:
+        raise Refused(base.path, "holds no model*.safetensors; a base with weights is expected")
+
+
+def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options) -> Plan:
+    """What is written for ``base`` with ``adapters`` (each with its weight) fused into it.
+
+    Raises Refused for other bases, updates without a place, and what is packed otherwise than by MLX.
+    """
+    check_base(base)
+    held = fuse_packed.modules(base)
+    if held and options.dtype != "keep":
+        what = "is packed: its dtype is kept; unpack it first (mlx_lm.convert --dequantize)"
+        raise Refused(base.path / "config.json", f"{what} to use --dtype")
+    notes = [kinship(a, base, held, options.allow_kin) for a, _ in adapters]
+    given = [(neutral(a, base), weight) for a, weight in adapters]
+    given, head, config, added = _heads(base, given)
+    if head is not None:
+        notes.append(f"the head was tied to the embedding and now has a weight of its own ({head})")
+    tensors = dict(base.tensors) | added
+    if given and head is None and base.tied and base.stored_head:  # a copy that nobody reads
+        tensors.pop(base.stored_head)
+    base_now = replace(base, config=config)
+    base_now.__dict__["tensors"] = tensors  # the cached property: the base as it will be
+    held = fuse_packed.modules(base_now)
+    places = placed(given, base_now, fuse_packed.shapes(base_now, held))
+    if held and options.remedy == "bits":
+        room = int(options.growth * sum(t.nbytes for t in base.tensors.values()))
+        held = fuse_packed.widened(held, places, room)
+        config = _widened_config(config, held)
+    return Plan(
+        base, _stored(tensors, places, held, options), _with_dtype(config, options.dtype), places,
+        given, held, head, tuple(notes), options.shard,
+    )  # fmt: skip
+
+
+def _stored(
+    tensors: Mapping[str, Tensor], places: Placed, held: Mapping[str, Module], options: Options
+) -> dict[str, Stored]:
+    """Every tensor of the result, in the base's order."""
+    touched, done = places.touched(), dict[str, Stored]()
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if (
+            module in held
+            and f"{module}.weight" in touched
+            and part in ("scales", "biases", "weight")
+        ):
+            m = held[module]
+            if f"{module}.weight" in places.replaced:
+                what = "replaces a packed weight; fuse into the unpacked base and pack it again"
+                raise Refused(places.replaced[f"{module}.weight"].path, what, tensor=module)
+            done[name] = fuse_packed.stored(m, places, options.remedy)[name]
+            continue
+        floating = tensor.dtype in FLOATS
+        dtype = DTYPES.get(options.dtype, tensor.dtype) if floating else tensor.dtype
+        if name in touched:
+            done[name] = fused_tensor(name, tensor, places, dtype)
+        elif dtype == tensor.dtype:
+            done[name] = copied(tensor)
+        else:
+            done[name] = Stored(dtype, tensor.shape, partial(tensor.to(dtype).chunks))
+    for name in sorted(touched - done.keys()):  # biases that the base has none of
+        like = tensors.get(f"{name.removesuffix('bias')}weight")
+        known = like.dtype if like is not None and like.dtype in FLOATS else "F32"
+        done[name] = fused_tensor(name, None, places, DTYPES.get(options.dtype, known))
+    return done
+
+
+def _heads(
+    base: Base, adapters: Sequence[tuple[Adapter, float]]
+) -> tuple[list[tuple[Adapter, float]], str | None, dict[str, Any], dict[str, Tensor]]:
+    """A tied head that moves otherwise than the embedding gets a weight of its own.
+
+    (adapters, the head's name or None, the config, the head's tensors).
+    """
+    config = dict(base.config)
+    if base.tied is False or (base.tied is None and base.stored_head):
+        return list(adapters), None, config, {}
+    done = []
+    for adapter, weight in adapters:
+        try:
+            settled = tied.settle(adapter, base, allowed=False, untied=False).adapter
+        except Refused:
+            return _untie(base, adapters)
+        if any(_is_end(n) for n in adapter.replacements):
+            return _untie(base, adapters)
+        done.append((settled, weight))
+    return done, None, config, {}
+
+
+def _is_end(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+
+
+def _untie(
+    base: Base, adapters: Sequence[tuple[Adapter, float]]
+) -> tuple[list[tuple[Adapter, float]], str, dict[str, Any], dict[str, Tensor]]:
+    if base.quantization is not None or untied.has_form(base):
+        stored = replace(base)
+        stored.__dict__["tensors"] = {
+            n: t for n, t in base.tensors.items() if n != base.stored_head
+        }
+        made = untied.plan(stored)
+        return list(adapters), f"{made.head}.weight", dict(made.config), dict(made.added)
+    if base.embedding is None:
+        raise Refused(base.path, "which of its tensors is the embedding can't be told")
+    config = {**base.config, "tie_word_embeddings": False}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    name = base.stored_head or "lm_head.weight"
+    return list(adapters), name, config, {name: base.tensors[base.embedding]}
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config's word for the weights' dtype, wherever it stands."""
+    done = dict(config)
+    if dtype == "keep":
+        return done
+    for part in [
+        done,
+        *([done["text_config"]] if isinstance(done.get("text_config"), dict) else []),
+    ]:
+        named = {k: _NAMES[DTYPES[dtype]] for k in ("dtype", "torch_dtype") if k in part}
+        if part is done:
+            done = done | named
+        else:
+            done["text_config"] = {**part, **named}
+    return done
+
+
+def _widened_config(config: Mapping[str, Any], held: Mapping[str, Module]) -> dict[str, Any]:
+    """MLX's settings of single layers."""
+    own = {
+        m.name: {"group_size": m.then.group, "bits": m.then.bits}
+        for m in held.values()
+        if m.then != m.now
+    }
+    fields = [k for k in ("quantization", "quantization_config") if isinstance(config.get(k), dict)]
+    return {**config, **{k: {**config[k], **own} for k in fields}}
+
+
+def kinship(adapter: Adapter, base: Base, held: Mapping[str, Module], allowed: bool) -> str:
+    """What is known of whether ``base`` is the adapter's own, as a note.
+
+    Raises Refused where it is known to be another copy of it (in another precision) and nobody
+    allowed that.
+    """
+    recorded, name = adapter.metadata.get(EXACT), printable(adapter.path.name, 80)
+    if recorded is not None:
+        if recorded == fingerprint(base):
+            return f"{name}: the base is byte for byte the one it was made for"
+        return _kin(
+            adapter, base, "its bytes are not those of the base the adapter records", allowed
+        )
+    kin = base.kin if base.quantization is None else _unpacked(base, held).kin
+    if adapter.base.kin is None or kin is None:
+        known = "modules and shapes fit"
+    elif adapter.base.kin != kin:
+        what = "its sampled weights are near those the adapter records, not equal"
+        return _kin(adapter, base, what, allowed)
+    else:
+        known = "modules and shapes fit, and sampled weights are those it records"
+    return f"{name}: records no fingerprint of its base, so this can't be proven to be it; {known}"
+
+
+def _kin(adapter: Adapter, base: Base, what: str, allowed: bool) -> str:
+    if allowed:
+        return f"{printable(adapter.path.name, 80)}: taken for a copy of its base (--allow-kin): {what}"
+    way = "fuse into that base, or use --allow-kin if this is a copy of it in another precision"
+    raise Refused(base.path, f"is not the base of {adapter.path}: {what}; {way}")
+
+
+def _unpacked(base: Base, held: Mapping[str, Module]) -> Base:
+    """The base with float32 weights in the place of packed ones, to be sampled."""
+    from loraduct.computed import given
+
+    found = {n: t for n, t in base.tensors.items() if not n.endswith((".scales", ".biases"))}
+    for name, m in held.items():
+        found[f"{name}.weight"] = given(f"{name}.weight", [m.weight], m.shape, partial(_whole, m))
+    config = {k: v for k, v in base.config.items() if not k.startswith("quantization")}
+    done = replace(base, config=config)
+    done.__dict__["tensors"] = found
+    return done
+
+
+def _whole(m: Module) -> Any:
+    import numpy as np
+
+    return np.concatenate([block for _, block in fuse_packed.read_blocks(m)]).reshape(m.shape)
+
+
+def fingerprint(base: Base) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.tensors.items()):
+        digest.update(f"{name} {tensor.stored_dtype} {list(tensor.stored_shape)}\n".encode())
+        for piece in copied(tensor).pieces():
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write(made: Plan, stage: Path) -> dict[str, int]:
+    """Write the folder's files into ``stage``; returns the bytes of each."""
+    return model_folder.write(made.base, made.tensors, made.config, made.shard, stage)
+
+
+def read_through(made: Plan) -> None:
+    """Compute everything and write nothing, so that what would be refused is."""
+    for tensor in made.tensors.values():
+        for _ in tensor.pieces():
+            pass

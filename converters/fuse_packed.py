@@ -1,0 +1,273 @@
+"""Fusing into weights that MLX has packed: unpacked, added to in float32, packed again.
+
+A packed weight can hold only so much of an update: what is less than half a step away from where a
+weight is, is rounded off. The remedies differ in how the sum is packed:
+
+* ``none``: as ``mx.quantize`` does;
+* ``rescale``: scales and biases of the groups are searched for the least squared error;
+* ``compensate``: codes are then moved by one step where that lessens the error along the inputs
+  that the adapter reads (the row space of its A), at little cost in all other directions. That is
+  the objective of GPTQ (arXiv 2210.17323) with A's row space, of which no data is needed, for the
+  inputs' second moments, minimised greedily;
+* ``bits``: the layers whose update is largest for its bytes get 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+from loraduct.adapter import LowRank
+from loraduct.converters.fuse_places import Placed, Update
+from loraduct.converters.fuse_stream import ROWS, blocks, rounded
+from loraduct.converters.mlx_quantize import BITS, GROUPS, quantize
+from loraduct.converters.packing import packed as pack
+from loraduct.converters.packing import unpacked as unpack
+from loraduct.errors import Refused
+from loraduct.formats.base import Base
+from loraduct.formats.model_folder import Stored
+from loraduct.tensor import Tensor, as_float32
+from loraduct.text import printable
+
+REMEDIES = ("none", "rescale", "compensate", "bits")
+WIDE = 8  # bits of layers that get more
+_KEEP = 0.05  # what error in a direction that A does not read counts, against one that it reads
+_MOVES = 24  # steps per row, at most
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one module is packed."""
+
+    bits: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """A packed module of the base, and how it is packed when it is written."""
+
+    name: str
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor
+    now: Setting
+    then: Setting
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, unpacked."""
+        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.now.group)
+
+
+def modules(base: Base) -> dict[str, Module]:
+    """All packed modules by name. Raises Refused for packings other than MLX's integers."""
+    settings = base.quantization
+    if settings is None:
+        return {}
+    found = {}
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if tensor.stored_dtype != "U32" or module == name:
+            continue
+        own = settings.get(module)
+        own = own if isinstance(own, dict) else {}
+        here = {**{k: settings.get(k) for k in ("bits", "group_size", "mode")}, **own}
+        found[module] = _module(base, module, tensor, here)
+    return found
+
+
+def _module(base: Base, name: str, weight: Tensor, here: Mapping[str, Any]) -> Module:
+    file = base.path / "config.json"
+    mode, bits, group = here.get("mode") or "affine", here.get("bits"), here.get("group_size")
+    if mode != "affine":
+        what = (
+            f"is packed as {printable(str(mode), 40)}; weights packed as affine can be fused into;"
+        )
+        raise Refused(file, f"{what} fuse into the unpacked base and pack it again", tensor=name)
+    parts = [base.tensors.get(f"{name}.{part}") for part in ("scales", "biases")]
+    if bits not in BITS or group not in GROUPS or None in parts:
+        what = f"is not packed as MLX packs ({printable(str(bits), 9)} bits, groups of {group})"
+        raise Refused(file, what, tensor=name)
+    scales, biases = (p for p in parts if p is not None)
+    setting = Setting(bits, group)
+    wide = scales.shape[-1] * group
+    fits = weight.shape == (*scales.shape[:-1], wide * bits // 32) and scales.shape == biases.shape
+    if not fits or scales.dtype not in ("F16", "BF16", "F32") or scales.dtype != biases.dtype:
+        what = f"shape {list(weight.shape)} does not fit scales of {list(scales.shape)}"
+        raise Refused(weight.path, f"{what} at {bits} bits", tensor=name)
+    return Module(name, weight, scales, biases, setting, setting)
+
+
+def shapes(base: Base, held: Mapping[str, Module]) -> dict[str, tuple[int, ...]]:
+    """Parameters and their shapes, unpacked."""
+    inner = {f"{m}.{part}" for m in held for part in ("weight", "scales", "biases")}
+    plain = {n: t.shape for n, t in base.tensors.items() if n not in inner}
+    return plain | {f"{n}.weight": m.shape for n, m in held.items()}
+
+
+def widened(held: Mapping[str, Module], places: Placed, room: int) -> dict[str, Module]:
+    """``held`` with WIDE bits for the modules whose dW is largest for its bytes, within ``room``."""
+    gains = []
+    for name, m in held.items():
+        more = prod(m.shape) * (WIDE - m.now.bits) // 8
+        if f"{name}.weight" in places.updates and more > 0:
+            gains.append((_size(places.updates[f"{name}.weight"]) / more, more, name))
+    done = dict(held)
+    for _, more, name in sorted(gains, key=lambda g: (-g[0], g[2])):
+        if more <= room:
+            m, room = held[name], room - more
+            done[name] = Module(
+                m.name, m.weight, m.scales, m.biases, m.now, Setting(WIDE, m.now.group)
+            )
+    return done
+
+
+def _size(updates: Sequence[Update]) -> float:
+    """||dW||^2 of the low-rank parts, from the Gram matrices of their factors."""
+    total = 0.0
+    for u, weight in updates:
+        a, b = u.a.read(), u.b.read()
+        rank = u.rank
+        pairs = zip(a, b, strict=True) if u.layout == "experts" else [(a, b)]
+        for x, y in pairs:
+            x, y = x.reshape(rank, -1), y.reshape(-1, rank)
+            total += float(((x @ x.T) * (y.T @ y)).sum()) * (u.scale * weight) ** 2
+    return total
+
+
+def stored(m: Module, places: Placed, remedy: str) -> dict[str, Stored]:
+    """The three tensors of a module with the updates in it."""
+    dtype, then = m.scales.dtype, m.then
+    shape = (*m.shape[:-1], m.shape[-1] * then.bits // 32)
+    groups = (*m.shape[:-1], m.shape[-1] // then.group)
+
+    def of(part: int) -> Any:
+        def pieces() -> Iterator[Any]:
+            yield from (piece[part] for piece in _packed(m, _Places(places), remedy))
+
+        return pieces
+
+    return {
+        f"{m.name}.weight": Stored("U32", shape, of(0)),
+        f"{m.name}.scales": Stored(dtype, groups, of(1)),
+        f"{m.name}.biases": Stored(dtype, groups, of(2)),
+    }
+
+
+class _Places:
+    """Compared by identity, so that `_packed` can remember by it."""
+
+    def __init__(self, places: Placed) -> None:
+        self.it = places
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Places) and self.it is other.it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+
+@lru_cache(maxsize=2)  # the three tensors of a module are written one after the other
+def _packed(m: Module, places: _Places, remedy: str) -> list[tuple[Any, Any, Any]]:
+    """(words, scales, biases) of all blocks of rows."""
+    updates = places.it.updates.get(f"{m.name}.weight", [])
+    rows = places.it.rows.get(f"{m.name}.weight")
+    read = directions(updates) if remedy == "compensate" else None
+    done = []
+    for block in blocks(partial(read_blocks, m), updates, rows):
+        packed = quantize(
+            block, m.then.bits, m.then.group, mode="mlx" if remedy == "none" else "optimal",
+            name=m.name,
+        )  # fmt: skip
+        s, b = (
+            rounded(x, m.scales.dtype, m.name, m.weight) for x in (packed.scales, packed.biases)
+        )
+        words = packed.weight
+        if read is not None:
+            words = _compensated(words, s, b, block, read, m)
+        done.append((words, s, b))
+    return done
+
+
+def read_blocks(m: Module) -> Iterator[tuple[int, Any]]:
+    """(first row, float32 rows) of the weight as packed: scale * code + bias, nothing rounded."""
+    import numpy as np
+
+    width = m.shape[-1]
+    height = prod(m.shape) // width
+    step = max(1, ROWS // width)
+    words, groups = m.weight.shape[-1], m.scales.shape[-1]
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        raw = _flat(m.weight, start, stop, words)
+        codes = unpack(np.ascontiguousarray(raw).view(np.uint8), m.now.bits, (stop - start) * width)
+        s, b = (
+            as_float32(_flat(t, start, stop, groups), t.dtype).reshape(-1, 1)
+            for t in (m.scales, m.biases)
+        )
+        wide = codes.reshape(-1, m.now.group) * s
+        wide += b
+        yield start, wide.reshape(stop - start, width)
+
+
+def _flat(tensor: Tensor, start: int, stop: int, width: int) -> Any:
+    span = (start, stop) if len(tensor.shape) == 2 else (start * width, stop * width)
+    return tensor.rows(*span).reshape(stop - start, width)
+
+
+def directions(updates: Sequence[Update]) -> Any:
+    """An orthonormal basis (in, r) of what all updates read of the input; None for experts."""
+    import numpy as np
+
+    read = [_reads(u) for u, _ in updates if u.layout in ("linear", "weight", "embedding")]
+    if not read or len(read) < len(updates):
+        return None
+    return np.linalg.qr(np.concatenate(read).astype(np.float64).T)[0].astype(np.float32)
+
+
+def _reads(u: LowRank) -> Any:
+    return u.b.read().T if u.layout == "embedding" else u.a.read()
+
+
+def _compensated(words: Any, s: Any, b: Any, block: Any, read: Any, m: Module) -> Any:
+    """Codes moved by single steps while that lessens ||E V||^2 + _KEEP ||E||^2, row by row.
+
+    E is the error (rows, in) of what is packed, V the basis ``read``. The best step of each row is
+    taken at once; a row is done when none helps.
+    """
+    import numpy as np
+
+    rows, width = block.shape
+    bits, group, top = m.then.bits, m.then.group, (1 << m.then.bits) - 1
+    codes = unpack(np.ascontiguousarray(words).view(np.uint8), bits, rows * width)
+    codes = codes.reshape(rows, width).astype(np.int16)
+    step, base = (
+        np.repeat(as_float32(x.reshape(rows, -1), m.scales.dtype), group, axis=1) for x in (s, b)
+    )
+    error = codes * step + base - block
+    along = error @ read
+    weight = np.einsum("ij,ij->i", read, read) + np.float32(_KEEP)
+    alive = np.arange(rows)
+    for _ in range(_MOVES):
+        pull = along[alive] @ read.T
+        pull += np.float32(_KEEP) * error[alive]
+        size, there = step[alive], codes[alive]
+        sign = -np.sign(pull * size)
+        gain = 2 * np.abs(pull * size) - size * size * weight
+        gain[(there + sign < 0) | (there + sign > top)] = -1.0
+        at = gain.argmax(axis=1)
+        each = np.arange(len(alive))
+        good = gain[each, at] > 0
+        alive, at, each = alive[good], at[good], each[good]
+        if not len(alive):
+            break
+        move = sign[each, at]
+        codes[alive, at] += move.astype(np.int16)
+        moved = move * size[each, at]
+        error[alive, at] += moved
+        along[alive] += moved[:, None] * read[at]
+    return pack(codes.astype(np.uint8), bits).view("<u4").reshape(rows, -1)

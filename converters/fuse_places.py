@@ -1,0 +1,211 @@
+"""Which of a base's weights an adapter's updates belong to, by whichever names the base has.
+
+A base folder may have transformers' live names, those of its files (experts one by one, old
+prefixes), or mlx-lm's: the table of architectures knows all of them, and the base's own names decide.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loraduct.adapter import Adapter, LowRank, Replacement
+from loraduct.architectures import Architecture, renamed, table
+from loraduct.computed import given, reshaped
+from loraduct.converters import names
+from loraduct.errors import Refused
+from loraduct.formats.base import CONV1D, HEADS, Base
+from loraduct.modules import kind_of_module, pattern_of
+from loraduct.tensor import Tensor
+
+# experts stored (in, out) in transformers, as PEFT is told (`is_transposed`, transformers 5.23)
+_TURNED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape, unpacked
+Update = tuple[LowRank, float]  # and its weight
+
+
+@dataclass
+class Placed:
+    """By the base's own parameters: low-rank updates (dW in the stored orientation), tensors that
+    replace it, tensors times a factor that are added to it (biases), rows that replace its rows."""
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, list[tuple[Tensor, float]]] = field(default_factory=dict)
+    rows: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+
+    def touched(self) -> set[str]:
+        """Every parameter that changes."""
+        return {*self.updates, *self.replaced, *self.added, *self.rows}
+
+
+def placed(adapters: Sequence[tuple[Adapter, float]], base: Base, shapes: Shapes) -> Placed:
+    """Where all updates go. Adapters have transformers' names (`converters.neutral`).
+
+    A tied head stands in ``shapes`` under the name it will have. Raises Refused naming what has no
+    place, shapes that differ, and what can't be weighted or combined.
+    """
+    found = Placed()
+    for adapter, weight in adapters:
+        for name, u in adapter.replacements.items():
+            _replacement(found, adapter, name, u, weight, base, shapes)
+        for name, low in _low_rank(adapter, base, shapes):
+            if low.magnitude is not None and weight != 1.0:
+                what = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined"
+                raise Refused(adapter.weights, f"{what} (given {weight:g})", tensor=name)
+            if name in found.replaced:
+                what = "is adapted and replaced as a whole by two adapters"
+                raise Refused(adapter.weights, what, tensor=name)
+            found.updates.setdefault(name, []).append((low, weight))
+            if low.bias is not None:
+                bias = f"{name.removesuffix('weight')}bias"
+                found.added.setdefault(bias, []).append((low.bias, low.scale * weight))
+    if not found.touched():
+        raise Refused(adapters[0][0].weights, "has no update: there is nothing to fuse")
+    return found
+
+
+def _low_rank(adapter: Adapter, base: Base, shapes: Shapes) -> list[tuple[str, LowRank]]:
+    """(parameter, update) of all modules, in the stored orientation."""
+    known = table().get(base.architecture)
+    done: list[tuple[str, LowRank]] = []
+    for module, low in adapter.low_rank.items():
+        ways = _ways(adapter, module, low, base, known)
+        way = next((w for w in ways if all(n in shapes for n, _ in w)), None)
+        if way is None:
+            return _by_mlx(adapter, module, base, shapes)
+        done += [(n, _oriented(adapter, n, u, base, shapes[n])) for n, u in way]
+    return done
+
+
+def _ways(
+    adapter: Adapter, module: str, low: LowRank, base: Base, known: Architecture | None
+) -> Iterator[list[tuple[str, LowRank]]]:
+    """The forms that an update may have in transformers' files."""
+    whole = module if low.layout in ("parameter", "experts") else f"{module}.weight"
+    for start in (whole, whole.partition(".")[2], f"model.{whole}"):
+        yield [(start, low)]
+    pattern = pattern_of(module)
+    rule = known.by_hf.get(pattern) if known else None
+    if known is None or rule is None:
+        return
+    for other in known.by_hf.values():
+        if other.mlx == rule.mlx and other.how == rule.how == "same" and other is not rule:
+            name = renamed(module, pattern, other.hf)
+            yield [(name if low.layout == "experts" else f"{name}.weight", low)]
+    if low.layout == "experts":
+        one = replace(adapter, updates={module: low}, origin=None)
+        there = names.rename(one, "mlx", base.architecture, base.path, None)[0].low_rank
+        for forms in _stacks(known, there):
+            yield [
+                (f"{renamed(f'{name}.{e}', f'{pattern_of(name)}.{{}}', forms[name])}.weight", part)
+                for name, u in there.items()
+                for e, part in enumerate(_experts(u))
+            ]
+
+
+def _stacks(known: Architecture, there: Mapping[str, LowRank]) -> Iterator[dict[str, str]]:
+    """mlx-lm's name -> the pattern of transformers' names one an expert, for each set of them."""
+    rules = {
+        name: [
+            r.hf for r in known.by_hf.values() if r.how == "stack" and r.mlx == (pattern_of(name),)
+        ]
+        for name in there
+    }
+    for forms in zip(*rules.values(), strict=False):
+        yield dict(zip(rules, forms, strict=True))
+
+
+@functools.lru_cache(maxsize=8)  # the experts of a layer are asked for one after the other
+def _values(tensor: Tensor) -> Any:
+    return tensor.read()
+
+
+def _experts(u: LowRank) -> list[LowRank]:
+    """One linear update of each expert."""
+
+    def of(tensor: Tensor, e: int) -> Tensor:
+        return given(tensor.name, [tensor], tensor.shape[1:], lambda: _values(tensor)[e])
+
+    return [LowRank(of(u.a, e), of(u.b, e), u.scale) for e in range(u.shape[0])]
+
+
+def _by_mlx(
+    adapter: Adapter, missing: str, base: Base, shapes: Shapes
+) -> list[tuple[str, LowRank]]:
+    """The same by mlx-lm's names; ``missing`` has no place by transformers'."""
+    try:
+        there = names.rename(adapter, "mlx", base.architecture, base.path, None)[0].low_rank
+    except Refused:
+        there = {}
+    done = [(f"{module}.weight", u) for module, u in there.items()]
+    if not done or any(name not in shapes for name, _ in done):
+        what = f"the base {base.path} has no weight for it: made for another base"
+        raise Refused(adapter.weights, what, tensor=missing)
+    return [(n, _oriented(adapter, n, u, base, shapes[n])) for n, u in done]
+
+
+def _oriented(
+    adapter: Adapter, name: str, u: LowRank, base: Base, shape: tuple[int, ...]
+) -> LowRank:
+    """The update of the weight as it is stored: (in, out) of Conv1D, and of some models' experts.
+
+    Layout ``embedding`` is just that: dW = (b @ a).T, with lengths (DoRA) along its columns.
+    """
+    kind = base.text_config.get("model_type", base.model_type)
+    turned = u.shape[:-2] + u.shape[:-3:-1]
+    conv1d = kind in CONV1D and u.layout == "linear" and not name.startswith("model.")
+    if conv1d and not name.removesuffix(".weight").endswith(HEADS) and shape == turned:
+        return replace(u, layout="embedding")
+    if u.layout == "experts" and kind in _TURNED and shape == turned and ".experts." in name:
+        a, b = (reshaped(t, *t.shape, axes=(0, 2, 1)) for t in (u.b, u.a))
+        return replace(u, a=a, b=b)
+    if shape != u.shape:
+        what = f"updates a weight of shape {list(u.shape)}, the base has {list(shape)}"
+        raise Refused(adapter.weights, f"{what}: made for another base", tensor=name)
+    return u
+
+
+def _replacement(
+    found: Placed, adapter: Adapter, name: str, u: Replacement, weight: float, base: Base, shapes: Shapes
+) -> None:  # fmt: skip
+    if weight != 1.0:
+        what = f"replaces this weight: weighted by {weight:g} that is not defined"
+        raise Refused(adapter.weights, what, tensor=name)
+    if name.endswith(_TOKENS):
+        return _token_rows(found, adapter, name, u, shapes)
+    forms = (name, name.partition(".")[2], f"model.{name}")
+    there = next((n for n in forms if n in shapes), None)
+    if there is None and name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in shapes:
+        there = name
+    if there is None:
+        what = f"the base {base.path} has no weight of this name: made for another base"
+        raise Refused(adapter.weights, what, tensor=name)
+    if there in shapes and shapes[there] != u.weight.shape:
+        what = f"replaces a weight of shape {list(shapes[there])} by {list(u.weight.shape)}"
+        raise Refused(adapter.weights, what, tensor=name)
+    if there in found.touched():
+        raise Refused(adapter.weights, "is changed by another adapter too", tensor=name)
+    found.replaced[there] = u.weight
+
+
+def _token_rows(found: Placed, adapter: Adapter, name: str, u: Replacement, shapes: Shapes) -> None:
+    """Rows of trained tokens; PEFT's indices stand in the config, for each embedding or for one."""
+    module = name.removesuffix(_TOKENS)
+    indices = adapter.config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
+    target = f"{module}.weight"
+    shape = shapes.get(target)
+    if shape is None or kind_of_module(module) not in ("embedding", "output head"):
+        raise Refused(adapter.weights, "the base has no such embedding", tensor=name)
+    sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < shape[0] for i in indices)
+    if not sound or u.weight.shape != (len(indices), shape[1]):  # type: ignore[arg-type]
+        what = f"trains tokens that an embedding of {list(shape)} does not have"
+        raise Refused(adapter.weights, what, tensor=name)
+    if target in found.rows:
+        raise Refused(adapter.weights, "is changed by another adapter too", tensor=name)
+    found.rows[target] = (tuple(indices or ()), u.weight)
