@@ -2,7 +2,8 @@
 
 LoRA: W + sum of w_i s_i B_i A_i. DoRA (arXiv 2402.09353; PEFT's ``lora/dora.py``): each row of
 W + s B A scaled to the length its magnitude says. Several adapters add what each of them changes
-of the base alone, as PEFT computes them when they are active together.
+of the base alone. (PEFT agrees for LoRA; its DoRA rescales what adapters before it have added too,
+so that there the order counts.)
 """
 
 from __future__ import annotations

@@ -131,10 +131,6 @@ def _stored(
             done[name] = copied(tensor)
         else:
             done[name] = Stored(dtype, tensor.shape, partial(tensor.to(dtype).chunks))
-    for name in sorted(touched - done.keys()):  # biases that the base has none of
-        like = tensors.get(f"{name.removesuffix('bias')}weight")
-        known = like.dtype if like is not None and like.dtype in FLOATS else "F32"
-        done[name] = fused_tensor(name, None, places, DTYPES.get(options.dtype, known))
     return done
 
 

@@ -9,7 +9,7 @@ weight is, is rounded off. The remedies differ in how the sum is packed:
   that the adapter reads (the row space of its A), at little cost in all other directions. That is
   the objective of GPTQ (arXiv 2210.17323) with A's row space, of which no data is needed, for the
   inputs' second moments, minimised greedily;
-* ``bits``: the layers whose update is largest for its bytes get 8 bits.
+* ``bits``: the layers whose update is largest for its bytes get 8 bits, all others as ``compensate``.
 """
 
 from __future__ import annotations
@@ -176,20 +176,22 @@ def _packed(m: Module, places: _Places, remedy: str) -> list[tuple[Any, Any, Any
     """(words, scales, biases) of all blocks of rows."""
     updates = places.it.updates.get(f"{m.name}.weight", [])
     rows = places.it.rows.get(f"{m.name}.weight")
-    read = directions(updates) if remedy == "compensate" else None
-    done = []
+    kept = remedy == "compensate" or (remedy == "bits" and m.now == m.then)
+    read = directions(updates) if kept else None
+    done, at = [], 0
     for block in blocks(partial(read_blocks, m), updates, rows):
-        packed = quantize(
-            block, m.then.bits, m.then.group, mode="mlx" if remedy == "none" else "optimal",
-            name=m.name,
-        )  # fmt: skip
-        s, b = (
-            rounded(x, m.scales.dtype, m.name, m.weight) for x in (packed.scales, packed.biases)
-        )
-        words = packed.weight
         if read is not None:
-            words = _compensated(words, s, b, block, read, m)
-        done.append((words, s, b))
+            width = m.scales.shape[-1]
+            s, b = (_flat(t, at, at + len(block), width) for t in (m.scales, m.biases))
+            done.append(_compensated(s, b, block, read, m))
+        else:
+            mode = "optimal" if remedy == "rescale" else "mlx"
+            packed = quantize(block, m.then.bits, m.then.group, mode=mode, name=m.name)
+            s, b = (
+                rounded(x, m.scales.dtype, m.name, m.weight) for x in (packed.scales, packed.biases)
+            )
+            done.append((packed.weight, s, b))
+        at += len(block)
     return done
 
 
@@ -233,41 +235,38 @@ def _reads(u: LowRank) -> Any:
     return u.b.read().T if u.layout == "embedding" else u.a.read()
 
 
-def _compensated(words: Any, s: Any, b: Any, block: Any, read: Any, m: Module) -> Any:
-    """Codes moved by single steps while that lessens ||E V||^2 + _KEEP ||E||^2, row by row.
+def _compensated(s: Any, b: Any, block: Any, read: Any, m: Module) -> tuple[Any, Any, Any]:
+    """(words, scales, biases): the base's own steps, on which its weights lie already, and codes
+    moved by single steps while that lessens ||E V||^2 + _KEEP ||E||^2, row by row.
 
     E is the error (rows, in) of what is packed, V the basis ``read``. The best step of each row is
     taken at once; a row is done when none helps.
     """
     import numpy as np
 
-    rows, width = block.shape
-    bits, group, top = m.then.bits, m.then.group, (1 << m.then.bits) - 1
-    codes = unpack(np.ascontiguousarray(words).view(np.uint8), bits, rows * width)
-    codes = codes.reshape(rows, width).astype(np.int16)
-    step, base = (
-        np.repeat(as_float32(x.reshape(rows, -1), m.scales.dtype), group, axis=1) for x in (s, b)
-    )
-    error = codes * step + base - block
+    rows = len(block)
+    top = (1 << m.now.bits) - 1
+    step, low = (np.repeat(as_float32(x, m.scales.dtype), m.now.group, axis=1) for x in (s, b))
+    divisor = np.where(step == 0, np.float32(1), step)
+    codes = np.clip(np.rint((block - low) / divisor), 0, top)
+    error = codes * step + low - block
     along = error @ read
-    weight = np.einsum("ij,ij->i", read, read) + np.float32(_KEEP)
+    weight = (np.einsum("ij,ij->i", read, read) + np.float32(_KEEP)) * step * step
     alive = np.arange(rows)
     for _ in range(_MOVES):
         pull = along[alive] @ read.T
         pull += np.float32(_KEEP) * error[alive]
-        size, there = step[alive], codes[alive]
-        sign = -np.sign(pull * size)
-        gain = 2 * np.abs(pull * size) - size * size * weight
-        gain[(there + sign < 0) | (there + sign > top)] = -1.0
-        at = gain.argmax(axis=1)
+        pull *= step[alive]
+        there = codes[alive]
+        pull[((pull > 0) & (there <= 0)) | ((pull < 0) & (there >= top))] = 0
+        at = (2 * np.abs(pull) - weight[alive]).argmax(axis=1)
         each = np.arange(len(alive))
-        good = gain[each, at] > 0
-        alive, at, each = alive[good], at[good], each[good]
+        good = 2 * np.abs(pull[each, at]) > weight[alive, at]
+        alive, at, move = alive[good], at[good], -np.sign(pull[each, at])[good]
         if not len(alive):
             break
-        move = sign[each, at]
-        codes[alive, at] += move.astype(np.int16)
-        moved = move * size[each, at]
+        codes[alive, at] += move
+        moved = move * step[alive, at]
         error[alive, at] += moved
         along[alive] += moved[:, None] * read[at]
-    return pack(codes.astype(np.uint8), bits).view("<u4").reshape(rows, -1)
+    return pack(codes.astype(np.uint8), m.now.bits).view("<u4").reshape(rows, -1), s, b

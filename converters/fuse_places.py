@@ -23,6 +23,10 @@ from loraduct.tensor import Tensor
 # experts stored (in, out) in transformers, as PEFT is told (`is_transposed`, transformers 5.23)
 _TURNED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_NO_BIAS = (
+    "trains a bias that the base does not have: a model with it fused in would not read it; keep the"
+    " adapter unfused"
+)
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape, unpacked
 Update = tuple[LowRank, float]  # and its weight
 
@@ -62,6 +66,8 @@ def placed(adapters: Sequence[tuple[Adapter, float]], base: Base, shapes: Shapes
             found.updates.setdefault(name, []).append((low, weight))
             if low.bias is not None:
                 bias = f"{name.removesuffix('weight')}bias"
+                if bias not in shapes:
+                    raise Refused(adapter.weights, _NO_BIAS, tensor=name)
                 found.added.setdefault(bias, []).append((low.bias, low.scale * weight))
     if not found.touched():
         raise Refused(adapters[0][0].weights, "has no update: there is nothing to fuse")
@@ -180,7 +186,7 @@ def _replacement(
     forms = (name, name.partition(".")[2], f"model.{name}")
     there = next((n for n in forms if n in shapes), None)
     if there is None and name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in shapes:
-        there = name
+        raise Refused(adapter.weights, _NO_BIAS, tensor=name)
     if there is None:
         what = f"the base {base.path} has no weight of this name: made for another base"
         raise Refused(adapter.weights, what, tensor=name)

@@ -19,29 +19,19 @@ Rows = tuple[Sequence[int], Tensor]  # rows and what stands there instead
 ROWS = 1 << 19  # numbers of a weight held at once
 
 
-def fused_tensor(name: str, base: Tensor | None, places: Placed, dtype: str) -> Stored:
-    """What is written for the parameter ``name``; ``base`` None: the base has none (a bias)."""
+def fused_tensor(name: str, base: Tensor, places: Placed, dtype: str) -> Stored:
+    """What is written for the parameter ``name``, whose weight in the base is ``base``."""
     if name in places.replaced:
         given = places.replaced[name]
-        return Stored(dtype, given.shape, partial(_cast, given, dtype))
-    if name in places.updates or name in places.rows:
-        assert base is not None
-        return Stored(dtype, base.shape, partial(_pieces, name, base, places, dtype))
-    return Stored(dtype, _added_shape(name, places), partial(_moved, name, base, places, dtype))
+        return Stored(dtype, given.shape, given.to(dtype).chunks)
+    pieces = _pieces if name in places.updates or name in places.rows else _moved
+    return Stored(dtype, base.shape, partial(pieces, name, base, places, dtype))
 
 
-def _cast(tensor: Tensor, dtype: str) -> Iterator[Any]:
-    yield from tensor.to(dtype).chunks()
-
-
-def _added_shape(name: str, places: Placed) -> tuple[int, ...]:
-    return places.added[name][0][0].shape
-
-
-def _moved(name: str, base: Tensor | None, places: Placed, dtype: str) -> Iterator[Any]:
+def _moved(name: str, base: Tensor, places: Placed, dtype: str) -> Iterator[Any]:
     import numpy as np
 
-    total = np.zeros(_added_shape(name, places), np.float32) if base is None else base.read().copy()
+    total = base.read().copy()
     for change, factor in places.added[name]:
         total += np.float32(factor) * change.read().reshape(total.shape)
     yield rounded(total, dtype, name, base)
@@ -64,15 +54,14 @@ def put_rows(block: Any, start: int, rows: Rows) -> None:
             block[at - start] = as_float32(values.rows(i, i + 1), values.dtype)[0]
 
 
-def rounded(block: Any, dtype: str, name: str, base: Tensor | None) -> Any:
+def rounded(block: Any, dtype: str, name: str, base: Tensor) -> Any:
     """float32 as raw storage of ``dtype``. Raises Refused beyond its range, and for NaN."""
     raw = narrowed(block) if dtype == "F16" else from_float(block, dtype)
     if not is_finite(raw, dtype):
-        path = base.path if base is not None else None
         what = (
             f"becomes NaN or does not fit {dtype} with the adapter in it; use --dtype bf16 or f32"
         )
-        raise Refused(path, what, tensor=name)
+        raise Refused(base.path, what, tensor=name)
     return raw
 
 

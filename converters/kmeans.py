@@ -22,13 +22,18 @@ from typing import Any
 Schedule = tuple[tuple[int, int, float], ...]
 EXACT = 96  # so many distinct values or fewer: all positions are candidates
 # Rounds: (parts that clusters are cut into, 0 for single values; candidates on each side of a boundary;
-# the share of the error that a round must take off to be followed by another). Measured against exact
-# optima on SmolLM2's weights: THOROUGH is within 2e-5 of them at 2 to 8 bits, QUICK within 3e-4 at 2
-# to 4 bits and 3e-3 at 6 and 8, in a third of the time.
-THOROUGH = ((4, 16, 1e-2), (32, 48, 1e-4), (256, 32, 1e-5), (0, 8, 1e-6))
-WIDE = ((4, 16, 1e-3), (32, 32, 1e-4), (256, 32, 1e-5))  # the same of many clusters
-QUICK = ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3))
-MANY = 32  # clusters
+# the share of the error that a round must take off to be followed by another), for up to so many
+# clusters. On SmolLM2's 211 matrices CAREFUL is within 1e-5 of the exact optimum at 2 to 4 bits, and
+# within 3e-5 at 6 and 8 (24 of them); QUICK, in a third of the time, within 3e-4 and 3e-3.
+CAREFUL = {
+    8: ((4, 16, 1e-3), (32, 64, 1e-4), (256, 32, 1e-5), (0, 16, 1e-6)),
+    32: ((4, 16, 1e-2), (32, 48, 1e-4), (128, 32, 1e-6), (0, 16, 1e-6)),
+    256: ((4, 16, 1e-3), (32, 32, 1e-4), (256, 32, 1e-5)),
+}
+QUICK = {
+    4: ((4, 16, 1e-3), (32, 24, 1e-3), (128, 8, 1e-4)),
+    256: ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3)),
+}
 ROUNDS = 40  # at most, per stride: a bound that real weights don't reach
 BLOCK = 48  # rows at once: their tables of gains stay in the cache
 
@@ -93,7 +98,8 @@ def cluster(points: Points, k: int, *, quick: bool = False) -> tuple[Any, Any]:
     error = np.zeros(len(points.count))
     full = np.flatnonzero(points.count > k)
     small = points.count[full] <= EXACT
-    schedule = QUICK if quick else WIDE if k > MANY else THOROUGH
+    known = QUICK if quick else CAREFUL
+    schedule = known[min(most for most in known if k <= most)]
     refined = partial(_refined, schedule=schedule)
     for rows, solve in ((full[small], _exact), (full[~small], refined)):
         order = rows[np.argsort(points.count[rows], kind="stable")]
@@ -186,7 +192,7 @@ def _spread(points: Points, rows: Any, k: int) -> Any:
 
 
 def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
-    """The best boundaries among ``candidates`` (rows, k - 1, T), and their errors."""
+    """The best boundaries among ``candidates`` (rows, k - 1, T), ascending in T, and their errors."""
     import numpy as np
 
     count, first = points.count[rows], points.first[rows]
@@ -195,6 +201,8 @@ def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
     length, inner, width = candidates.shape
     chosen = np.zeros((inner, length, width), np.intp)
     n, d = (np.empty((length, width, width)) for _ in range(2))
+    # where the first place of a boundary may lie before the last of the one before it
+    cross = (candidates[:, 1:, 0] <= candidates[:, :-1, -1]).any(0)
     rows_of_d = np.arange(0, d.size, width).reshape(length, width)
     with np.errstate(divide="ignore", invalid="ignore"):
         best = moment[:, 0] ** 2 / weight[:, 0]
@@ -204,7 +212,8 @@ def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
             np.subtract(moment[:, j, :, None], moment[:, j - 1, None, :], out=d)
             np.multiply(d, d, out=d)
             np.divide(d, n, out=d)
-            np.copyto(d, -np.inf, where=n <= 0)
+            if cross[j - 1]:
+                np.copyto(d, -np.inf, where=n <= 0)
             np.add(d, best[:, None, :], out=d)
             d.argmax(2, out=chosen[j])
             best = d.reshape(-1)[chosen[j] + rows_of_d]

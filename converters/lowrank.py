@@ -36,7 +36,6 @@ def singular_values(update: LowRank) -> Any:
 
     Of experts: (experts, r).
     """
-    import numpy as np
 
     return values_of(*factors(update))
 

@@ -244,11 +244,11 @@ def made(name: str, parts: Sequence[Part], a: Any, b: Any, scale: float = 1.0) -
         a = a.reshape(a.shape[0], *first.a.shape[1:])
         b = b.reshape(*b.shape, *(1 for _ in first.b.shape[2:]))
     stored = [t for u, _ in parts for t in (u.a, u.b)]
-    tensors = (
+    a_, b_ = (
         given(f"{name}.{side}", stored, x.shape, partial(np.asarray, x.astype(np.float32)))
         for side, x in (("a", a), ("b", b))
     )
-    return LowRank(*tensors, scale, layout=first.layout)
+    return LowRank(a_, b_, scale, layout=first.layout)
 
 
 def _with_bias(name: str, update: LowRank, parts: Sequence[Part]) -> LowRank:

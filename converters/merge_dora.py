@@ -28,7 +28,9 @@ Part = tuple[LowRank, float]
 _ROWS = 1 << 20  # values of the base's weight held at once
 
 
-def check(adapters: Sequence[Adapter], parts: Mapping[str, Sequence[Part]], base: Base | None) -> None:
+def check(
+    adapters: Sequence[Adapter], parts: Mapping[str, Sequence[Part]], base: Base | None
+) -> None:
     """Refuse what has no such form, by name."""
     dora = next(a for a in adapters if any(u.magnitude is not None for u in a.low_rank.values()))
     if base is None or not base.has_weights:

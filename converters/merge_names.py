@@ -105,5 +105,3 @@ def leaf(name: str) -> str:
     for end in sorted(_COPIES, key=len, reverse=True):
         last = last.removesuffix(end)
     return last
-
-

@@ -64,7 +64,9 @@ def merged(
         return (right, left * values[: left.shape[1]]), 1.0
     ranks = {u.rank for u, _ in parts}
     if len(ranks) > 1:
-        what = f"has rank {max(ranks)}, another adapter {min(ranks)}: PEFT's {name} needs equal ranks"
+        what = (
+            f"has rank {max(ranks)}, another adapter {min(ranks)}: PEFT's {name} needs equal ranks"
+        )
         raise Refused(parts[0][0].a.path, what, tensor=parts[0][0].a.name)
     roots = [math.sqrt(abs(f)) for _, _, f in pairs]
     signed = [r if f >= 0 else -r for (_, _, f), r in zip(pairs, roots, strict=True)]

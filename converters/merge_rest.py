@@ -44,9 +44,7 @@ def replacements(
         first = held[0][1]
         equal = all(same(first.weight, r.weight) for _, r, _ in held[1:])
         alone = len(held) == 1 and held[0][2] == 1.0
-        if equal and (len(held) == len(adapters) or alone or how != "refuse"):
-            done[name] = first
-        elif how == "first":
+        if (equal and (len(held) == len(adapters) or alone or how != "refuse")) or how == "first":
             done[name] = first
         elif how == "average":
             done[name] = _average(name, held)
@@ -71,7 +69,9 @@ def _average(name: str, held: Sequence[tuple[Adapter, Replacement, float]]) -> R
             what = f"has shape {list(r.weight.shape)}, another adapter {list(first.weight.shape)}"
             raise Refused(adapter.weights, what, tensor=name)
     if abs(total) < 1e-9:
-        raise Refused(held[0][0].weights, "the weights add up to 0: there is no average", tensor=name)
+        raise Refused(
+            held[0][0].weights, "the weights add up to 0: there is no average", tensor=name
+        )
 
     def make() -> Any:
         mixed = sum(w / total * r.weight.read().astype(np.float64) for _, r, w in held)
@@ -96,6 +96,7 @@ def result(
     saved = [m for a in peft for m in a.config.get("modules_to_save") or []]
     biases = [str(a.config.get("bias") or "none") for a in peft]
     config |= {
+        "target_modules": [],  # selects nothing: the writer finds out what does
         "base_model_name_or_path": first.base.name,
         "revision": first.base.revision,
         "modules_to_save": list(dict.fromkeys(saved)) or None,
@@ -136,7 +137,10 @@ def record(
     for label, weight in zip(labels, weights, strict=True):
         values = sorted(set(weight.values()))
         sources.append(
-            {"name": printable(label), "weight": values[0] if len(values) == 1 else [values[0], values[-1]]}
+            {
+                "name": printable(label),
+                "weight": values[0] if len(values) == 1 else [values[0], values[-1]],
+            }
         )
     fields = ("method", "rank", "energy", "density", "seed")
     told = {f: getattr(settings, f) for f in fields if getattr(settings, f) is not None}

@@ -55,13 +55,12 @@ def unpacked(stream: Any, bits: int, count: int) -> Any:
     steps = _STEPS[bits]
     width, used = 8 << steps, bits << steps
     stream = np.asarray(stream, np.uint8).reshape(-1)
-    words = -(-stream.size * 8 // used)
+    each = used // 8
+    words = -(-stream.size // each)
+    whole = np.zeros(words * each, np.uint8)
+    whole[: stream.size] = stream
     wide = np.zeros((words, width // 8), np.uint8)
-    whole = stream.size * 8 // used
-    wide[:whole, : used // 8] = stream[: whole * used // 8].reshape(whole, -1)
-    if whole < words:
-        rest = stream[whole * used // 8 :]
-        wide[-1, : rest.size] = rest
+    wide[:, :each] = whole.reshape(words, each)
     values = wide.view(_WORDS[steps]).reshape(-1)
     for word in reversed(_WORDS[:steps]):
         width, used = width // 2, used // 2

@@ -17,8 +17,8 @@ from loraduct.errors import Refused
 SCALES = {"float16": "FLOAT16", "float32": "FLOAT32"}
 GRANULARITIES = ("tensor", "channel", "block")
 _COARSE = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # parts of the range
-_FINE = (1.1, 1.05, 0.95, 0.9)  # of the best of them
-_FITS = 2  # least-squares fits of the scale, from each
+_FINE = (1.1, 1.05, 1.025, 1.01, 0.99, 0.975, 0.95, 0.9)  # of the best of them
+_FITS = 1  # least-squares fits of the scale, from each
 _NUMBERS = 1 << 18  # at once
 
 
@@ -69,7 +69,7 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
         step = max(1, _NUMBERS // rows.shape[1])
         for at in range(0, len(rows), step):
             part = slice(at, at + step)
-            wide = rows[part].astype(np.float64)
+            wide = rows[part].astype(np.float32)  # ranks the tries; what is stored is in float64
             if not np.isfinite(wide).all():
                 raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
             scale[part], offset[part] = _fit(wide, None, options, name)
@@ -174,11 +174,12 @@ def _error(rows: Any, counts: Any, scale: Any, zero: Any, low: int, high: int) -
     """(squared error of each row, the scale that fits its codes best, or 0)."""
     import numpy as np
 
-    steps = np.rint(rows / scale[:, None])
-    np.clip(steps, (low - zero)[:, None], (high - zero)[:, None], out=steps)
+    each, zero = scale.astype(rows.dtype)[:, None], zero.astype(rows.dtype)[:, None]
+    steps = np.rint(rows / np.where(each > 0, each, 1))
+    np.clip(steps, low - zero, high - zero, out=steps)
     weighted = steps if counts is None else steps * counts
     top, bottom = np.einsum("ij,ij->i", weighted, rows), np.einsum("ij,ij->i", weighted, steps)
-    gap = rows - steps * scale[:, None]
+    gap = rows - steps * each
     error = np.einsum("ij,ij->i", gap, gap if counts is None else gap * counts)
     return error, np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
 

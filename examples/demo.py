@@ -33,6 +33,8 @@ PROMPTS = {
     "reply": f"Write a reply to this message.\n\n{MESSAGE}",
 }
 MOST_TOKENS = 32
+STACK = "both"  # the package's function that has both adapters
+CONTEXT = 256  # positions that the package holds
 
 
 def loraduct(*arguments: str | Path, capture: bool = False) -> str:
@@ -148,6 +150,29 @@ def answers_mlx(base: Path, adapter: Path, prompt: str) -> tuple[str, str]:
     return plain, answer(load_adapters(model, str(ROOT / adapter)))
 
 
+def answers_package(base: Path, package: Path) -> list[list[str]]:
+    """What the package's functions answer, run by the reference interpreter in half precision."""
+    from transformers import AutoTokenizer
+
+    from loraduct.formats.coreml import package as packages
+    from loraduct.validation import coreml, mil
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / base)
+    held = packages.read(ROOT / package)
+    weights = mil.Weights(held)
+    rows = []
+    for name, prompt in PROMPTS.items():
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        for function in (name, STACK):
+            session = coreml.session(held, function, weights=weights)
+            new = coreml.greedy(session, ids, MOST_TOKENS, stop=tokenizer.eos_token_id)
+            ended = new[-1] == tokenizer.eos_token_id
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            rows.append([name, function, shown(text, ended)])
+    return rows
+
+
 def shown(text: str, ended: bool) -> str:
     """One line of an answer; three dots where it was cut off."""
     return " ".join(text.split()) + ("" if ended else " ...")
@@ -171,20 +196,23 @@ def size(folder: Path) -> str:
     return f"{weights / 1e6:.2f} MB"
 
 
-def fingerprint(base: Path, folders: list[Path]) -> str:
+def fingerprint(base: Path, folders: list[Path], package: Path) -> str:
     """A hash over everything that a run of the real runtimes depends on.
 
-    The adapters' bytes on both sides, the base, the peers' versions, and the code that runs them.
+    The adapters' bytes on both sides, the package's program (its weights are the base's and the
+    adapters'), the base, the peers' versions, and the code that runs them.
     """
     packages = ("torch", "transformers", "peft", "mlx", "mlx-lm")
     parts = [sys.version, *(version(p) for p in packages), (ROOT / base / MARKER).read_text()]
     code = [Path(__file__), *sorted((ROOT / "validation").glob("*.py"))]
-    for file in [*code, *(f for folder in folders for f in sorted((ROOT / folder).iterdir()))]:
+    program = ROOT / package / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    files = [f for folder in folders for f in sorted((ROOT / folder).iterdir())]
+    for file in [*code, program, *files]:
         parts.append(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def prove(base: Path, there: dict[str, Path]) -> dict[str, Any]:
+def prove(base: Path, there: dict[str, Path], package: Path) -> dict[str, Any]:
     """Let the real runtimes run: the proofs' documents, and what all models answer."""
     documents, spoken, waiting = {}, [], {}
     # mlx's matrix products on a CPU run on one core: let them use it while torch works.
@@ -197,13 +225,27 @@ def prove(base: Path, there: dict[str, Path]) -> dict[str, Any]:
         for name, prompt in PROMPTS.items():
             torch_says = answers_torch(base, Path("examples") / name, prompt)
             spoken += [[name, "PEFT", *torch_says], [name, "mlx-lm", *waiting[name].result()]]
-    return {"documents": documents, "spoken": spoken, "when": time.strftime("%Y-%m-%d %H:%M")}
+    print("The package answers, run by the reference interpreter ...", flush=True)
+    packaged = answers_package(base, package)
+    check_packaged(spoken, packaged)
+    when = time.strftime("%Y-%m-%d %H:%M")
+    return {"documents": documents, "spoken": spoken, "packaged": packaged, "when": when}
 
 
-def proof_of(base: Path, there: dict[str, Path]) -> dict[str, Any]:
+def check_packaged(spoken: list[list[str]], packaged: list[list[str]]) -> None:
+    """Stop unless each adapter says in the package what it says in PEFT."""
+    for name, runtime, _, wanted in spoken:
+        found = next(text for n, function, text in packaged if n == function == name)
+        if runtime == "PEFT" and found != wanted:
+            print(f"error: {name} says {found!r} in the package, {wanted!r} in PEFT")
+            raise SystemExit(1)
+
+
+def proof_of(base: Path, there: dict[str, Path], package: Path) -> dict[str, Any]:
     """The proof of these very bytes: run now, or an earlier run's, which is said."""
     record = ROOT / ".cache" / "demo-proof.json"
-    key = fingerprint(base, [*(Path("examples") / name for name in there), *there.values()])
+    folders = [*(Path("examples") / name for name in there), *there.values()]
+    key = fingerprint(base, folders, package)
     try:
         kept = json.loads(record.read_text())
     except (OSError, ValueError):
@@ -218,7 +260,7 @@ def proof_of(base: Path, there: dict[str, Path]) -> dict[str, Any]:
             print(f"\n{name}")
             print_checks(kept["documents"][name])
         return dict(kept)
-    proof = prove(base, there)
+    proof = prove(base, there, package)
     record.write_text(json.dumps({"key": key, **proof}, indent=1))
     return proof
 
@@ -240,10 +282,21 @@ def main() -> None:
         loraduct("inspect", source)
         seconds[name] = [convert(source, "mlx", target, base), convert(target, "peft", back, base)]
         print(f"\nround trip {source} -> {target} -> {back}: {compare(source, back)}")
-    proof = proof_of(base, there)
+    package = work / "demo.mlpackage"
+    start_package = time.monotonic()
+    one, two = (Path("examples") / name for name in PROMPTS)
+    functions = [f"{path.name}={path}" for path in (one, two)] + [f"{STACK}={one}+{two}:0.5"]
+    options = [word for function in functions for word in ("-a", function)]
+    options += ["--context", str(CONTEXT), "-o", str(package)]
+    loraduct("package", "--base", base, *options)
+    package_seconds = time.monotonic() - start_package
+    loraduct("package", "list", package)
+    proof = proof_of(base, there, package)
 
     print(f"\nOne message that is in neither training file:\n  {MESSAGE}\n")
     table(["adapter", "runtime", "base answers", "with the adapter"], proof["spoken"])
+    print(f"\nThe Core ML package (built in {package_seconds:.1f} s), run by the interpreter:\n")
+    table(["prompt", "function", "answers"], proof["packaged"], 60)
     print()
     head = "adapter,PEFT size,MLX size,to MLX,back,dW error,logits,bare base,effect,top-1"
     rows = []

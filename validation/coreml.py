@@ -93,6 +93,16 @@ def functions(package: Package) -> dict[str, dict[int, str]]:
     return found
 
 
+def alone(package: Package, adapter: str) -> str:
+    """What runs the adapter by itself at its full weight. Raises Refused where nothing does."""
+    rows = record.read(package)["functions"]
+    for name, members in functions(package).items():
+        if rows[next(iter(members.values()))]["adapters"] == [[adapter, 1.0]]:
+            return name
+    what = f"runs {adapter!r} only together with others, or weighted: add a function of its own"
+    raise Refused(package.path, what)
+
+
 def session(
     package: Package, name: str | None = None, *, weights: mil.Weights | None = None, **options: Any
 ) -> Session:

@@ -10,7 +10,7 @@ from loraduct.adapter import Adapter
 from loraduct.formats.base import Base
 from loraduct.modules import block_of
 from loraduct.text import printable
-from loraduct.validation import runtimes
+from loraduct.validation import half, runtimes
 from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.checks import Check
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
@@ -65,9 +65,6 @@ def check(
     """Compare ``second`` with ``first`` on ``base``."""
     parity = Parity()
     _modules(first, second, base, names, parity)
-    if "coreml" in (first.format, second.format):
-        parity.add("logits", "skipped", "a package's adapter is compared module by module")
-        return parity
     kinds = [runtimes.RUNTIME[a.format] for a in (first, second)]
     if base.quantization is not None and "torch" in kinds:
         parity.add("logits", "skipped", PACKED)
@@ -154,7 +151,7 @@ def _logits(
 ) -> None:
     """The real runtimes on the same tokens."""
     ids, tokenizer = runtimes.tokenize(base, prompts)
-    bare = {k: runtimes.run(k, base, None, ids) for k in dict.fromkeys(kinds)}
+    bare = {k: _run(k, base, a, ids, bare=True) for k, a in zip(kinds, adapters, strict=True)}
     across = kinds[0] != kinds[1]
     base_off = _largest(bare[kinds[0]].logits, bare[kinds[1]].logits) if across else 0.0
     parity.numbers |= {"runtimes": kinds, "prompts": len(ids), "base_max_difference": base_off}
@@ -164,7 +161,7 @@ def _logits(
             return
     if across and not _base_agrees(base, base_off, bare[kinds[0]].logits, parity):
         return
-    runs = [runtimes.run(k, base, a, ids) for k, a in zip(kinds, adapters, strict=True)]
+    runs = [_run(k, base, a, ids) for k, a in zip(kinds, adapters, strict=True)]
     if tokenizer is not None:
         shown = {"base": bare[kinds[0]], "first": runs[0], "second": runs[1]}
         parity.text = {name: tokenizer.decode(run.greedy) for name, run in shown.items()}
@@ -186,6 +183,18 @@ def _logits(
         parity.add("top-1", "failed", "the logits hold NaN or Inf")
         return
     _judge_logits(" / ".join(dict.fromkeys(kinds)), parity)
+    for adapter in adapters:
+        if adapter.format == "coreml":
+            half.check(adapter, ids, runs[0].logits, parity.add, parity.numbers)
+
+
+def _run(
+    kind: str, base: Base, adapter: Adapter, ids: Sequence[Sequence[int]], *, bare: bool = False
+) -> runtimes.Run:
+    """One run; a package has its own base, and is run without rounding to half precision."""
+    if kind == "coreml":
+        return runtimes.run_package(adapter.path, None if bare else adapter.name, ids)[0]
+    return runtimes.run(kind, base, None if bare else adapter, ids)
 
 
 def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
@@ -261,7 +270,8 @@ def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) 
 
     largest = max(float(np.abs(x).max()) for x in logits)
     if off <= BASE_MISREAD * largest:
-        parity.add("base", "passed", f"torch and mlx agree on the bare base to {off:.1e}")
+        which = " and ".join(parity.numbers["runtimes"])
+        parity.add("base", "passed", f"{which} agree on the bare base to {off:.1e}")
         return True
     why = rope_trap(base) or "the runtimes disagree on the base model itself, not on the adapter"
     parity.add("base", "failed", f"bare bases differ by {off:.3g} in logits: {why}")

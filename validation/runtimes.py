@@ -21,8 +21,9 @@ from loraduct.formats.base import Base
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
+from loraduct.validation.mil import FULL
 
-RUNTIME = {"peft": "torch", "mlx": "mlx"}
+RUNTIME = {"peft": "torch", "mlx": "mlx", "coreml": "coreml"}
 PROMPTS = (
     "The meeting has been moved to Thursday because",
     "Write one sentence about the sea.",
@@ -91,15 +92,21 @@ def tokenize(base: Base, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
     return [rng.integers(0, vocabulary, 12 + 3 * i).tolist() for i in range(len(prompts))], None
 
 
-def run(runtime: str, base: Base, adapter: Adapter | None, ids: Sequence[Sequence[int]]) -> Run:
-    """Run the base, or the base with an adapter, in a runtime.
+def run(
+    runtime: str,
+    base: Base,
+    adapter: Adapter | None,
+    ids: Sequence[Sequence[int]],
+    count: int = NEW_TOKENS,
+) -> Run:
+    """Run the base, or the base with an adapter, in a runtime of folders (torch, mlx).
 
     Raises MissingExtra when it isn't installed, RuntimeFailed when the library refuses.
     """
     call = {"torch": _torch, "mlx": _mlx}[runtime]
     with quiet() as caught, _folder_of(adapter) as folder:
         try:
-            done = call(base, folder, ids)
+            done = call(base, folder, ids, count)
         except ImportError as e:
             raise MissingExtra(runtime, f"running {runtime} ({e.name})") from None
         except (LoraductError, MemoryError):
@@ -114,8 +121,37 @@ def run(runtime: str, base: Base, adapter: Adapter | None, ids: Sequence[Sequenc
     return done
 
 
+def run_package(
+    path: Path,
+    adapter: str | None,
+    ids: Sequence[Sequence[int]],
+    precision: str = FULL,
+    count: int = NEW_TOKENS,
+) -> tuple[Run, list[str]]:
+    """Run a package's base, or one of its adapters, through the reference interpreter.
+
+    ``count``: tokens to continue with. Returns the run and the warnings of overflow.
+    """
+    from loraduct.formats.coreml.package import read
+    from loraduct.validation import coreml, mil
+
+    package = read(path)
+    ranges = mil.Ranges()
+    known = coreml.functions(package)
+    name = coreml.alone(package, adapter) if adapter else next(iter(known))
+    session = coreml.session(package, name, precision=precision, ranges=ranges)
+    logits = []
+    for tokens in ids:
+        session.start()
+        logits.append(session.feed(tokens))
+    greedy = coreml.greedy(session, list(ids[0]), count)
+    return Run(logits, greedy), ranges.warnings
+
+
 def usual_weights(adapter: Adapter) -> bool:
     """Whether a stock library finds the weights by itself: config beside them, usual name."""
+    if adapter.format == "coreml":
+        return True
     names = (peft.WEIGHTS, peft.PICKLE) if adapter.format == "peft" else (mlx.WEIGHTS,)
     in_place = adapter.weights.parent == adapter.path and adapter.weights.name in names
     return in_place and (adapter.path / CONFIG).exists()
@@ -183,7 +219,7 @@ def _check_missing(messages: Sequence[str], adapter: Adapter) -> None:
     raise RuntimeFailed(what)
 
 
-def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
+def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count: int) -> Run:
     import torch
     import transformers
 
@@ -201,7 +237,7 @@ def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Ru
         logits = [model(torch.tensor([list(i)])).logits[0].float().numpy() for i in ids]
         greedy: list[int] = []
         step, cache = torch.tensor([list(ids[0])]), None
-        for _ in range(NEW_TOKENS):
+        for _ in range(count):
             out = model(step, past_key_values=cache, use_cache=True)
             greedy.append(int(out.logits[0, -1].argmax()))
             step, cache = torch.tensor([[greedy[-1]]]), getattr(out, "past_key_values", None)
@@ -224,7 +260,7 @@ def _auto_class(model_type: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
+def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count: int) -> Run:
     import mlx.core as mx
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache
@@ -241,7 +277,7 @@ def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]]) -> Run:
     logits = [np.array(model(mx.array([list(i)]))[0].astype(mx.float32)) for i in ids]
     greedy: list[int] = []
     step, cache = mx.array([list(ids[0])]), make_prompt_cache(model)
-    for _ in range(NEW_TOKENS):
+    for _ in range(count):
         out = model(step, cache=cache)
         greedy.append(int(out[0, -1].argmax()))
         step = mx.array([[greedy[-1]]])

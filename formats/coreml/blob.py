@@ -21,6 +21,7 @@ from loraduct.files import Source
 from loraduct.tensor import Tensor
 
 ALIGN = 64
+_STEP = 1 << 20  # bytes of a blob copied at once
 SENTINEL = 0xDEADBEEF
 _HEADER, _RECORD = struct.Struct("<II"), struct.Struct("<IIQQQ")
 # MIL's dtype -> (code in a record, bits of a value)
@@ -137,16 +138,24 @@ class BlobFile:
             )
         return data, data + nbytes
 
-    def whole(self, offset: int, name: str) -> tuple[int, bytes, Iterator[bytearray]]:
-        """A blob as it lies: bytes of its data, its record, and its data in pieces."""
+    def whole(self, offset: int, name: str) -> tuple[int, bytes, Iterator[memoryview]]:
+        """A blob as it lies: bytes of its data, its record, and its data in pieces.
+
+        A piece holds until the next is asked for.
+        """
         data, end = self.span(offset, name)
-        nbytes, head = end - data, bytes(self.source.read(offset, ALIGN, name))
-        step = 4 << 20
-        pieces = (
-            self.source.read(data + at, min(step, nbytes - at), name)
-            for at in range(0, nbytes, step)
+        return (
+            end - data,
+            bytes(self.source.read(offset, ALIGN, name)),
+            self._pieces(data, end, name),
         )
-        return nbytes, head, pieces
+
+    def _pieces(self, data: int, end: int, name: str) -> Iterator[memoryview]:
+        buffer = bytearray(min(_STEP, end - data))
+        for at in range(data, end, _STEP):
+            piece = memoryview(buffer)[: min(_STEP, end - at)]
+            self.source.read_into(at, piece, name)
+            yield piece
 
 
 def unpacked(raw: Any, bits: int, count: int, signed: bool) -> Any:

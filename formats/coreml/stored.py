@@ -150,6 +150,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         path=path,
         weights=package.blobs.path,
         format="coreml",
+        name=name,
         method=row["method"],
         updates=updates_of(package, found, name),
         config=row["config"],

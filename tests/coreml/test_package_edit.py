@@ -18,6 +18,7 @@ import pytest
 from loraduct.converters import coreml, package
 from loraduct.errors import LoraductError, Refused
 from loraduct.formats import base as base_folder
+from loraduct.formats.coreml.edit import Ops
 from loraduct.formats.coreml.package import read
 
 pytest.importorskip("peft")
@@ -63,10 +64,6 @@ def x(world, tmp_path):
 
 def weights(path):
     return path / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-
-
-def spec(path):
-    return path / "Data" / "com.apple.CoreML" / "model.mlmodel"
 
 
 def members(*sources):
@@ -133,7 +130,7 @@ def test_only_what_must_changes(world, x):
     name = str(weights(x).relative_to(x))
     assert after[name][64:].startswith(before[name][64:])
     changed = {n for n in after if after[n] != before[n]}
-    assert changed == {name, str(spec(x).relative_to(x))}
+    assert changed == {name, "Data/com.apple.CoreML/model.mlmodel"}
 
 
 def test_the_same_adapter_costs_no_weights_twice(world, x):
@@ -298,24 +295,29 @@ def changed(folder, to, **config):
 def test_what_has_no_place(world, x, tmp_path):
     """Refused by name, and the package is as it was."""
     before = adapters.snapshot(x)
-    cases = {
-        "pissa": ({"init_lora_weights": "pissa"}, "moved the base"),
-        "alora": ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
-        "copies": ({"layer_replication": [[0, 2], [1, 3]]}, "repeats layers"),
+    configs = {
+        "moved the base": {"init_lora_weights": "pissa"},
+        "aLoRA": {"alora_invocation_tokens": [1, 2]},
+        "repeats layers": {"layer_replication": [[0, 2], [1, 3]]},
     }
-    for name, (config, what) in cases.items():
-        folder = changed(world / "plain", tmp_path / name, **config)
+    cases = {
+        what: members(changed(world / "plain", tmp_path / str(i), **config))
+        for i, (what, config) in enumerate(configs.items())
+    }
+    cases |= {
+        "can't be added to another": members(world / "saved", world / "plain"),
+        "weight can only be 1": [package.Member(str(world / "dora"), 0.5)],
+        "FLOAT16 can't hold": [package.Member(str(world / "plain"), 1e9)],
+    }
+    for what, given in cases.items():
         with pytest.raises(LoraductError, match=what):
-            package.add(x, {"one": members(folder)})
-    with pytest.raises(LoraductError, match="can't be added to another"):
-        package.add(x, {"one": members(world / "saved", world / "plain")})
-    with pytest.raises(LoraductError, match="weight can only be 1"):
-        package.add(x, {"one": [package.Member(str(world / "dora"), 0.5)]})
+            package.add(x, {"one": given})
     with pytest.raises(LoraductError, match="twice"):
         package.add(x, {"one": members(world / "plain"), "two": members("one", "one")})
-    with pytest.raises(LoraductError, match="FLOAT16 can't hold"):
-        package.add(x, {"one": [package.Member(str(world / "plain"), 1e9)]})
     assert adapters.snapshot(x) == before
+    for layout in ("experts", "conv", "parameter", "embedding"):
+        with pytest.raises(Refused, match=r"layers\.0\.mlp\.up_proj: .*leave it out"):
+            Ops(read(x).functions["base"], read(x)).site("model.layers.0.mlp.up_proj", layout)
 
 
 @pytest.mark.parametrize(
@@ -352,58 +354,3 @@ def test_made_for_other_weights(world, x, tmp_path, cli):
     assert done.exit_code == 0, done.output
     with pytest.raises(LoraductError, match="is not the base"):
         package.add(x, {"one": members(tmp_path / "mlx")})
-
-
-def test_list_and_inspect(world, x, cli):
-    package.add(x, {"one": members(world / "plain"), "two": [package.Member("one", 0.25)]})
-    package.add(x, {"three": members("one", world / "dora")})
-    document = json.loads(cli("inspect", x, "--json").stdout)
-    functions = {f["name"]: f for f in document["functions"]}
-    assert list(functions) == ["base", "one", "two", "three"]
-    assert functions["two"]["adapters"] == [{"name": "one", "weight": 0.25}]
-    assert document["minimum"].startswith("iOS 18")
-    assert functions["one"]["inputs"][0] == {
-        "name": "inputIds",
-        "dtype": "INT32",
-        "shape": [1, [1, 48]],
-    }
-    assert {a["name"]: a["modules"] for a in document["adapters"]} == {"one": 21, "three_2": 6}
-    stored = sum(len(d) for _, d in adapters.tensors(world / "plain").values())
-    assert document["adapters"][0]["bytes"] == stored
-    assert document["bytes"]["unused"] == 0
-    package.remove(x, ["three"])
-    assert json.loads(cli("inspect", x, "--json").stdout)["bytes"]["unused"] > 0
-    listed = json.loads(cli("package", "list", x, "--json").stdout)
-    assert [a["name"] for a in listed["adapters"]] == ["one"]
-    text = cli("inspect", x).output
-    assert "0.25 one" in text
-    assert "iOS 18" in text
-    one = json.loads(cli("inspect", f"{x}:one", "--json").stdout)
-    assert (one["format"], one["modules"], one["ranks"]) == ("coreml", 21, {"4": 21})
-    named = json.loads(cli("inspect", x, "--adapter", "one", "--json").stdout)
-    assert named == one
-    assert one["path"] == f"{x}:one"
-    nobody = cli("inspect", f"{x}:nobody")
-    assert nobody.exit_code == 1
-    assert "one" in nobody.output
-
-
-def test_validate_compares_module_by_module(world, x, cli):
-    package.add(x, {"one": members(world / "plain"), "two": members(world / "patterns")})
-    base = ["--base", world / "base"]
-    done = cli("validate", world / "plain", f"{x}:one", *base)
-    assert done.exit_code == 0, done.output
-    assert "21 modules" in done.output
-    assert cli("validate", world / "plain", f"{x}:two", *base).exit_code == 3
-    before = adapters.snapshot(x)
-    assert cli("annotate", f"{x}:one", "--name", "bot").exit_code == 1
-    assert adapters.snapshot(x) == before
-
-
-def test_inspect_loads_no_numpy(world):
-    code = (
-        "from loraduct.cli import main\n"
-        f"main(['inspect', {str(world / 'x.mlpackage')!r}], standalone_mode=False)\n"
-        "import sys; assert not {'numpy', 'torch', 'coremltools'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,265 @@
+"""How much of an adapter is left in a model that it was fused into, from the files alone.
+
+A second derivation, in float64, sharing nothing with converters: what the stored weights differ by
+(packed ones unpacked here, bit by bit) against dW worked out from the factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loraduct.adapter import LowRank
+from loraduct.errors import Refused
+from loraduct.formats.base import Base
+from loraduct.tensor import FLOATS, Tensor, as_float32
+
+_NUMBERS = 1 << 20  # of a weight, at once
+
+
+@dataclass(frozen=True)
+class Survival:
+    """``share`` = <dW', dW> / <dW, dW> and ``cosine`` of what changed (dW') to the update (dW).
+
+    ``size`` is ||dW|| / ||W||; ``codes`` the share of packed codes that changed, None where none are
+    compared (not packed, or in other bits). ``bits`` is what the weight is stored in now.
+    """
+
+    module: str
+    share: float
+    cosine: float
+    size: float
+    bits: int
+    codes: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Survived:
+    """All modules, and all of them taken as one vector."""
+
+    modules: tuple[Survival, ...]
+    share: float
+    cosine: float
+    size: float
+    codes: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "share": self.share,
+            "cosine": self.cosine,
+            "size": self.size,
+            "codes_changed": self.codes,
+            "modules": [m.as_json() for m in self.modules],
+        }
+
+
+Updates = Mapping[str, Sequence[tuple[LowRank, float]]]  # parameter -> updates and their weights
+
+
+def survey(before: Base, after: Base, updates: Updates) -> Survived:
+    """What of ``updates`` (by the parameters of ``before``) is in ``after``. Raises Refused for
+    weights that one of them does not have."""
+    found, sums, codes = [], [0.0] * 4, [0, 0]
+    for name, ones in updates.items():
+        parts, changed, count = _inner(name, before, after, ones)
+        sums = [a + b for a, b in zip(sums, parts, strict=True)]
+        if changed is not None:
+            codes = [codes[0] + changed, codes[1] + count]
+        share, cosine, size = _figures(parts)
+        bits = _Stored(after, name).bits
+        found.append(
+            Survival(name, share, cosine, size, bits, None if changed is None else changed / count)
+        )
+    return Survived(tuple(found), *_figures(sums), codes[0] / codes[1] if codes[1] else None)
+
+
+def _figures(sums: Sequence[float]) -> tuple[float, float, float]:
+    """share, cosine and size from <dW', dW>, ||dW||^2, ||dW'||^2, ||W||^2."""
+    inner, wanted, got, weight = sums
+    share = inner / wanted if wanted else 1.0
+    cosine = inner / math.sqrt(wanted * got) if wanted and got else float(not wanted)
+    return share, cosine, math.sqrt(wanted / weight) if weight else 0.0
+
+
+def _inner(
+    name: str, before: Base, after: Base, updates: Sequence[tuple[LowRank, float]]
+) -> tuple[list[float], int | None, int]:
+    """(the four sums of `_figures`, how many codes changed, how many numbers there are)."""
+    import numpy as np
+
+    old, new = _Stored(before, name), _Stored(after, name)
+    if old.shape != new.shape:
+        raise Refused(after.path, f"has shape {new.shape}, the base {old.shape}", tensor=name)
+    sums, changed = np.zeros(4), 0
+    alike = old.packed and new.packed and old.bits == new.bits
+    for (first, w, c), (_, w_new, c_new) in zip(old.rows(), new.rows(), strict=True):
+        delta = _delta_rows(old, w, first, updates)
+        moved = w_new - w
+        sums += [np.vdot(x, y) for x, y in ((moved, delta), (delta, delta), (moved, moved), (w, w))]
+        if alike:
+            changed += int(np.count_nonzero(c != c_new))
+    return [float(x) for x in sums], changed if alike else None, math.prod(old.shape)
+
+
+class _Stored:
+    """A weight as a base stores it, read as float64 rows, packed or not."""
+
+    def __init__(self, base: Base, name: str) -> None:
+        module = name.removesuffix(".weight")
+        weight = base.weight_of(name)
+        if weight is None:
+            raise Refused(base.path, "has no such weight", tensor=name)
+        self.weight: Tensor = weight
+        self.packed = weight.stored_dtype == "U32"
+        self.bits = {"F32": 32, "F16": 16, "BF16": 16}.get(weight.stored_dtype, 0)
+        self.shape: tuple[int, ...] = weight.shape
+        if self.packed:
+            stem = weight.name.removesuffix(".weight")
+            self.scales, self.biases = (base.tensors[f"{stem}.{p}"] for p in ("scales", "biases"))
+            settings = base.quantization or {}
+            own = settings.get(module)
+            settings = own if isinstance(own, dict) else settings
+            self.bits, self.group = settings["bits"], settings["group_size"]
+            self.shape = (*weight.shape[:-1], weight.shape[-1] * 32 // self.bits)
+        elif weight.stored_dtype not in FLOATS:
+            raise Refused(base.path, f"is stored as {weight.stored_dtype}", tensor=name)
+        self.width = self.shape[-1]
+        if len(self.shape) == 3 and self.shape[-1] < self.shape[1]:  # a convolution's kernel
+            self.width = math.prod(self.shape[1:])
+        self.height = math.prod(self.shape) // self.width
+
+    def rows(self) -> Iterator[tuple[int, Any, Any]]:
+        """(first row, values (rows, width), codes or None), in order."""
+        step = max(1, _NUMBERS // self.width)
+        for first in range(0, self.height, step):
+            yield first, *self._read(first, min(first + step, self.height))
+
+    def _read(self, first: int, last: int) -> tuple[Any, Any]:
+        import numpy as np
+
+        if not self.packed:
+            raw = _flat(self.weight, first, last, self.width)
+            return as_float32(raw, self.weight.dtype).astype(np.float64), None
+        words = _flat(self.weight, first, last, self.width * self.bits // 32)
+        stream = np.unpackbits(
+            np.ascontiguousarray(words).view(np.uint8), axis=None, bitorder="little"
+        )
+        powers = 1 << np.arange(self.bits)
+        codes = stream.reshape(-1, self.bits) @ powers
+        s, b = (
+            as_float32(_flat(t, first, last, t.shape[-1]), t.dtype)
+            .astype(np.float64)
+            .reshape(-1, 1)
+            for t in (self.scales, self.biases)
+        )
+        values = codes.reshape(-1, self.group) * s + b
+        return values.reshape(last - first, self.width), codes
+
+
+def _flat(tensor: Tensor, first: int, last: int, width: int) -> Any:
+    span = (first, last) if len(tensor.shape) == 2 else (first * width, last * width)
+    return tensor.rows(*span).reshape(last - first, width)
+
+
+def _delta_rows(
+    stored: _Stored, w: Any, first: int, updates: Sequence[tuple[LowRank, float]]
+) -> Any:
+    """Those rows of what the updates change, float64."""
+    import numpy as np
+
+    total = np.zeros_like(w)
+    for u, weight in updates:
+        delta = weight * u.scale * _product(u, first, len(w))
+        if u.magnitude is not None:
+            moved = w + delta
+            m = u.magnitude.read().astype(np.float64).reshape(-1)
+            if u.layout == "embedding":
+                delta = moved * (m / _column_lengths(stored, u)) - w
+            else:
+                part = m[first : first + len(w)]
+                delta = moved * (part / np.linalg.norm(moved, axis=1))[:, None] - w
+        total += delta
+    return total
+
+
+def _product(u: LowRank, first: int, count: int) -> Any:
+    """Rows of b @ a in the stored orientation."""
+    import numpy as np
+
+    a, b = u.a.read().astype(np.float64), u.b.read().astype(np.float64)
+    if u.layout == "embedding":
+        return np.einsum("ri,or->io", a[:, first : first + count], b)
+    if u.layout == "experts":
+        height = b.shape[1]
+        at = np.arange(first, first + count)
+        done = np.empty((count, a.shape[2]))
+        for e in np.unique(at // height):
+            mine = at // height == e
+            done[mine] = b[e][at[mine] % height] @ a[e]
+        return done
+    if u.layout == "conv":
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    return b[first : first + count] @ a
+
+
+def _column_lengths(stored: _Stored, u: LowRank) -> Any:
+    import numpy as np
+
+    squares = np.zeros(stored.width)
+    for first, w, _ in stored.rows():
+        squares += np.square(w + u.scale * _product(u, first, len(w))).sum(axis=0)
+    return np.sqrt(squares)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What the fused model does against the base with the adapter beside it, on the same tokens.
+
+    ``cosine`` of the two changes of the base's logits, ``size`` of the fused one over the other's,
+    ``kl`` mean KL(unfused || fused) per position, in nats; ``base_kl`` KL(unfused || base).
+    """
+
+    cosine: float
+    size: float
+    kl: float
+    base_kl: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def effect(base: Sequence[Any], unfused: Sequence[Any], fused: Sequence[Any]) -> Effect:
+    """From logits (tokens, vocabulary) of each prompt."""
+    import numpy as np
+
+    wanted, got = (
+        np.concatenate([(x.astype(np.float64) - y).ravel() for x, y in zip(xs, base, strict=True)])
+        for xs in (unfused, fused)
+    )
+    sizes = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
+    cosine = float(wanted @ got) / (sizes[0] * sizes[1]) if all(sizes) else float(not any(sizes))
+    return Effect(
+        cosine, sizes[1] / sizes[0] if sizes[0] else 1.0, _kl(unfused, fused), _kl(unfused, base)
+    )
+
+
+def _kl(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+    import numpy as np
+
+    total = count = 0.0
+    for x, y in zip(xs, ys, strict=True):
+        p, q = (
+            z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+            for z in (x.astype(np.float64), y.astype(np.float64))
+        )  # fmt: skip
+        total += float((np.exp(p) * (p - q)).sum())
+        count += len(x)
+    return total / count
