@@ -9,6 +9,7 @@ from pathlib import Path
 import convert
 import experts
 import interpreter
+import merge
 import package
 import startup
 from measure import (
@@ -36,10 +37,11 @@ def measure_all(ranks: tuple[int, ...]) -> tuple[list[Table], list[Target]]:
     tables, targets = convert.measure_all(ranks)
     moe_tables, moe_targets = experts.measure_all()
     run_tables, run_targets = interpreter.measure_all()
+    merge_tables, merge_targets = merge.measure_all()
     edit_tables, edit_targets = package.measure_all()
     return (
-        start_tables + tables + moe_tables + run_tables + edit_tables,
-        start_targets + targets + moe_targets + run_targets + edit_targets,
+        start_tables + tables + moe_tables + run_tables + merge_tables + edit_tables,
+        start_targets + targets + moe_targets + run_targets + merge_targets + edit_targets,
     )
 
 

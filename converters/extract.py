@@ -9,7 +9,7 @@ update; what is left over must then be of the size that rounding has, and is rep
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
 ABOVE_NOISE = 1.2  # a direction counts from this multiple of the noise's largest
+ARITHMETIC = 1e-6  # what float32 factors leave of any difference, relative
 EXPLAINED = 1.25  # a residual up to this multiple of rounding's own size is rounding
-FIRST_RANK = 64
+FIRST_RANK = 12
+_VOCABULARY = ("embedding", "output head")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,21 @@ class Found:
     @property
     def whole(self) -> bool:
         """Whether nothing but rounding is left."""
-        return self.residual <= EXPLAINED * self.rounding
+        return self.residual <= max(EXPLAINED * self.rounding, ARITHMETIC)
 
 
 def differences(
-    new: Mapping[str, Tensor], old: Mapping[str, Tensor], wanted: Wanted, path: Path
+    new: Mapping[str, Tensor],
+    old: Mapping[str, Tensor],
+    wanted: Wanted,
+    path: Path,
+    turned: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Found]:
     """Module (low rank) or parameter (replaced) -> what changed from ``old`` to ``new``.
 
-    Matrices become factors, vectors are replaced. Raises Refused for parameters that only one of
-    them has and for shapes that differ.
+    Matrices become factors, vectors are replaced; ``turned`` says of which parameters the weight is
+    stored (in, out). Raises Refused for parameters that only one of them has and for shapes that
+    differ.
     """
     found: dict[str, Found] = {}
     for name, tensor in new.items():
@@ -66,14 +73,34 @@ def differences(
             raise Refused(path, "the base has no such weight", tensor=name)
         if base.shape != tensor.shape:
             what = f"has shape {list(tensor.shape)}, the base {list(base.shape)}"
+            if (
+                tensor.shape[1:] == base.shape[1:]
+                and kind_of_module(module_of(name)) in _VOCABULARY
+            ):
+                what += (
+                    f": the vocabulary went from {base.shape[0]} to {tensor.shape[0]} tokens, which no"
+                    " adapter of the base holds; resize the base's embeddings alike first"
+                    " (transformers: resize_token_embeddings) and take that for the base"
+                )
             raise Refused(path, what, tensor=name)
-        if (one := changed(tensor, base, wanted)) is not None:
-            found[name.removesuffix(".weight") if isinstance(one.update, LowRank) else name] = one
+        if (one := changed(tensor, base, wanted, turned=turned(name))) is not None:
+            found[module_of(name) if isinstance(one.update, LowRank) else name] = one
+    missing = next((n for n in old if n not in new), None)
+    if missing is not None:
+        raise Refused(path, "has no such weight, which the base has", tensor=missing)
     return found
 
 
-def changed(new: Tensor, old: Tensor, wanted: Wanted) -> Found | None:
-    """What changed of one parameter; None if nothing but the rounding of the base's own values."""
+def module_of(name: str) -> str:
+    """The module of a weight."""
+    return name.removesuffix(".weight")
+
+
+def changed(new: Tensor, old: Tensor, wanted: Wanted, *, turned: bool = False) -> Found | None:
+    """What changed of one parameter; None if nothing but the rounding of the base's own values.
+
+    Where the factors would be larger than the weight, unless the rank was asked for, it is replaced.
+    """
     import numpy as np
 
     after = new.read()
@@ -83,16 +110,20 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted) -> Found | None:
         return None
     if difference.ndim != 2:
         return Found(Replacement(new, "full"), 0, 0.0, 0.0)
-    a, b, residual = nearest(difference, wanted, rounding_sigma(after, new.dtype))
+    difference = difference.T if turned else difference
+    sigma = rounding_sigma(after, new.dtype)
+    a, b, residual = nearest(difference, wanted, sigma)
+    if wanted.rank is None and len(a) * sum(difference.shape) >= difference.size:
+        return Found(Replacement(new, "full"), 0, 0.0, 0.0)
     size = float(np.linalg.norm(difference))
-    noise = rounding_sigma(after, new.dtype) * math.sqrt(difference.size)
-    if kind_of_module(new.name.removesuffix(".weight")) == "embedding":  # its axes are swapped
+    noise = sigma * math.sqrt(difference.size)
+    if kind_of_module(module_of(new.name)) == "embedding":  # its axes are swapped
         a, b, layout = b.T, a.T, "embedding"
     else:
         layout = "linear"
     parts = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
     held = {
-        n: given(f"{new.name}.{n}", [new, old], x.shape, partial(_same, x))
+        n: given(new.name, [new, old], x.shape, partial(_same, x))
         for n, x in parts.items()
     }
     update = LowRank(held["a"], held["b"], 1.0, layout=layout)
@@ -111,10 +142,12 @@ def rounding_sigma(values: Any, dtype: str) -> float:
     """
     import numpy as np
 
-    _, exponent = np.frexp(values)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).reshape(-1)
+    counts = np.bincount((bits >> 23) & 0xFF, minlength=256)
     lowest = -13 if dtype == "F16" else -125  # below, steps no longer shrink
-    steps = np.ldexp(np.float64(UNIT_ROUNDOFF[dtype]), np.maximum(exponent, lowest))
-    return float(np.sqrt(np.mean(np.square(steps)) / 12))
+    exponent = np.maximum(np.arange(256) - 126, lowest)  # of a fraction from 0.5 to 1
+    steps = np.ldexp(np.float64(UNIT_ROUNDOFF[dtype]), exponent)
+    return float(np.sqrt((counts * np.square(steps)).sum() / max(bits.size, 1) / 12))
 
 
 def nearest(matrix: Any, wanted: Wanted, sigma: float) -> tuple[Any, Any, float]:

@@ -34,7 +34,7 @@ from loraduct.text import printable
 
 REMEDIES = ("none", "rescale", "compensate", "bits")
 WIDE = 8  # bits of layers that get more
-_KEEP = 0.05  # what error in a direction that A does not read counts, against one that it reads
+_KEEP = 0.1  # what error in a direction that A does not read counts, against one that it reads
 _MOVES = 24  # steps per row, at most
 
 

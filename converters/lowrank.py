@@ -13,19 +13,21 @@ from typing import Any
 from loraduct.adapter import Dense, LowRank
 
 Pair = tuple[Any, Any]
+Choice = Callable[[Any], int]  # singular values (..., k) -> how many are kept
+Widen = Callable[[Any], Any]  # (k, n) -> Q @ that
 CONDITION = 1e-6  # smallest over largest eigenvalue down to which a Gram matrix is trusted
 TINY = 1e-10  # of the largest singular value: what counts as none
 
 
-def factors(update: LowRank) -> tuple[Any, Any]:
+def factors(update: LowRank, *, finite: bool = True) -> Pair:
     """(a (r, in), scale * b (out, r)) in float64, with a first axis of experts where there are any.
 
-    A convolution's kernel counts among its inputs.
+    A convolution's kernel counts among its inputs. ``finite``: NaN and Inf are refused.
     """
     import numpy as np
 
-    a = update.a.read(finite=False).astype(np.float64)
-    b = update.b.read(finite=False).astype(np.float64) * update.scale
+    a = update.a.read(finite=finite).astype(np.float64)
+    b = update.b.read(finite=finite).astype(np.float64) * update.scale
     if update.layout == "conv":
         return a.reshape(update.rank, -1), b.reshape(-1, update.rank)
     return a, b
@@ -37,7 +39,7 @@ def singular_values(update: LowRank) -> Any:
     Of experts: (experts, r).
     """
 
-    return values_of(*factors(update))
+    return values_of(*factors(update, finite=False))
 
 
 def values_of(a: Any, b: Any) -> Any:
@@ -59,24 +61,43 @@ def added(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair
     return a, b
 
 
-def svd(a: Any, b: Any, choose: Callable[[Any], int] = lambda values: values.shape[-1]) -> Any:
+def svd(a: Any, b: Any, choose: Choice = lambda values: values.shape[-1]) -> Any:
     """(left (..., out, k), all singular values, right (..., k, in)) of b @ a.
 
-    ``choose`` says by the singular values how many triplets k are made. All of them are what the
-    QR of the factors gives; cut at k, left * values @ right is the best approximation of that rank
-    (Eckart and Young).
+    ``choose`` says by the singular values how many triplets k are made.
     """
-    import numpy as np
-
-    small_b, wide_b = _split(b)
-    small_a, wide_a = _split(a.swapaxes(-1, -2))
-    u, values, vt = np.linalg.svd(small_b @ small_a.swapaxes(-1, -2), full_matrices=False)
+    u, values, vt, wide_b, wide_a = _core(a, b)
     k = choose(values)
     right = wide_a(vt[..., :k, :].swapaxes(-1, -2)).swapaxes(-1, -2)
     return wide_b(u[..., :k]), values, right
 
 
-def _split(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+def cut(a: Any, b: Any, choose: Choice) -> tuple[Pair, Any]:
+    """The best pair of the rank that ``choose`` picks by the singular values, and all of these.
+
+    Cut at k, the products of singular triplets are the best approximation of that rank (Eckart and
+    Young). Half of the size is on either side.
+    """
+    import numpy as np
+
+    u, values, vt, wide_b, wide_a = _core(a, b)
+    k = choose(values)
+    root = np.sqrt(values[..., None, :k])
+    halved = vt[..., :k, :].swapaxes(-1, -2) * root
+    return (wide_a(halved).swapaxes(-1, -2), wide_b(u[..., :k] * root)), values
+
+
+def _core(a: Any, b: Any) -> tuple[Any, Any, Any, Widen, Widen]:
+    """SVD u, values, vt of R S.T, and how to multiply by Q and by P."""
+    import numpy as np
+
+    small_b, wide_b = _split(b)
+    small_a, wide_a = _split(a.swapaxes(-1, -2))
+    u, values, vt = np.linalg.svd(small_b @ small_a.swapaxes(-1, -2), full_matrices=False)
+    return u, values, vt, wide_b, wide_a
+
+
+def _split(x: Any) -> tuple[Any, Widen]:
     """R (k, r) and how to multiply by Q (n, k), for x (n, r) = Q R with orthonormal Q.
 
     By the Gram matrix x.T x = V D V.T, with R = sqrt(D) V.T and Q = x V / sqrt(D), where it is well
@@ -104,8 +125,8 @@ def balanced(left: Any, values: Any, right: Any) -> Pair:
 
 def truncated(a: Any, b: Any, rank: int) -> tuple[Pair, float]:
     """The best pair of that rank, and ||b @ a - that||: the root of the sum of what was cut, squared."""
-    left, values, right = svd(a, b, lambda v: min(rank, v.shape[-1]))
-    return balanced(left, values, right), lost(values, rank)
+    pair, values = cut(a, b, lambda v: min(rank, v.shape[-1]))
+    return pair, lost(values, rank)
 
 
 def lost(values: Any, rank: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraduct.converters import kmeans
@@ -13,6 +13,7 @@ from loraduct.converters.palette import BITS, Options, Palette
 from loraduct.errors import Refused
 
 BLOCK = 48  # groups at once
+Rows = list[tuple[Any, Any]]  # (sorted values, their weights)
 
 
 # --- tables of one row of values: (points, entries) -> (rows, entries) float64 ---
@@ -71,6 +72,30 @@ def flat(
     return Palette(back, lut[:, :, None], bits, shape, group, axis, error=float(error))
 
 
+def together(
+    tensors: list[tuple[str, Any]], options: Options, threads: int
+) -> Iterator[tuple[str, Palette]]:
+    """``flat`` of several tensors with one table each, by k-means of all of them at once.
+
+    Alone, each step of the search is over before numpy has been called; and histograms and searches
+    keep Python's lock, so only the assignments are left to ``threads``.
+    """
+    import numpy as np
+
+    entries = 1 << (options.bits or 0)
+    codes = [coded(weight, bf16=options.bf16, name=name) for name, weight in tensors]
+    tables = _kmeans(kmeans.points([(c.values, c.counts) for c in codes]), entries, False)
+
+    def one(at: int) -> tuple[str, Palette]:
+        (name, weight), indices = tensors[at], np.empty(codes[at].flat.size, np.uint8)
+        lut, error = _Solver(codes[at], options, entries, None, name).whole(indices, tables[at])
+        shape = tuple(weight.shape)
+        found = Palette(indices.reshape(shape), lut[:, :, None], options.bits or 0, shape, shape[0])
+        return name, replace(found, error=error)
+
+    yield from threaded(one, range(len(tensors)), threads)
+
+
 @dataclass(frozen=True)
 class _Solver:
     """Tables and indices of parts of one tensor."""
@@ -81,29 +106,37 @@ class _Solver:
     weights: Weights | None
     name: str | None
 
-    def tables(self, rows: list[tuple[Any, Any]], quick: bool) -> Any:
+    def tables(self, rows: Rows, quick: bool) -> Any:
         """Rounded tables (rows, entries) in the dtype they are stored in, ascending."""
+        make = TABLES[self.options.mode]
+        return self.stored(make(kmeans.points(rows), self.entries, quick), rows)
+
+    def stored(self, tables: Any, rows: Rows) -> Any:
+        """``tables`` of ``rows``, rounded.
+
+        Entries that rounding made equal: the values are closer than the tables' dtype can tell, so the
+        values it can tell are clustered instead. Never so where both are 16-bit of one kind.
+        """
         import numpy as np
 
-        make = TABLES[self.options.mode]
-        lut = rounded(make(kmeans.points(rows), self.entries, quick), self.options.lut, self.name)
-        # Entries that rounding made equal: the values are closer than the tables' dtype can tell, so
-        # the values it can tell are clustered instead. Never so where both are 16-bit of one kind.
+        lut = rounded(tables, self.options.lut, self.name)
         filled = np.minimum([len(values) for values, _ in rows], self.entries)
         for row in np.flatnonzero((np.diff(lut) > 0).sum(1) < filled - 1):
             seen, at = np.unique(
                 rounded(rows[row][0], self.options.lut, self.name), return_inverse=True
             )
             fewer = kmeans.points([(seen, np.bincount(at, weights=rows[row][1]))])
-            lut[row] = rounded(make(fewer, self.entries, quick)[0], self.options.lut, self.name)
+            again = TABLES[self.options.mode](fewer, self.entries, False)[0]
+            lut[row] = rounded(again, self.options.lut, self.name)
         return lut
 
-    def whole(self, indices: Any) -> tuple[Any, float]:
-        """One table (1, entries) for all; writes ``indices``."""
+    def whole(self, indices: Any, table: Any = None) -> tuple[Any, float]:
+        """One table (1, entries) for all, or the one given; writes ``indices``."""
         import numpy as np
 
         code = self.code
-        lut = self.tables([(code.values, code.counts)], False)
+        rows = [(code.values, code.counts)]
+        lut = self.tables(rows, False) if table is None else self.stored(table[None], rows)
         entry = _nearest_sorted(code.values, lut[0])
         of_code = entry if code.position is None else entry[code.position]
         source = code.flat if code.position is not None else code.codes
@@ -112,7 +145,7 @@ class _Solver:
         for part in chunks(code.flat.size, 1 << 15):
             np.take(of_code, source[part], out=indices[part], mode="clip")
         gap = code.values - lut[0].astype(np.float64)[entry]
-        return lut, float(code.counts @ (gap * gap))
+        return lut, _squared(gap, code.counts)
 
     def groups(self, parts: list[slice], indices: Any) -> tuple[Any, float]:
         """A table for each part (parts, entries); writes their ``indices``."""
@@ -137,7 +170,7 @@ class _Solver:
             entry[found] = _nearest_sorted(values, table)
             np.take(entry, at, out=indices[part], mode="clip")
             gap = values - table.astype(np.float64)[entry[found]]
-            error += float(counts @ (gap * gap))
+            error += _squared(gap, counts)
         return lut, error
 
     def _one_by_one(self, part: slice, table: Any, indices: Any) -> float:
@@ -151,8 +184,13 @@ class _Solver:
             numbers = self.code.numbers(inner)
             indices[inner] = nearest(numbers, wide)
             gap = numbers - wide[indices[inner]]
-            error += float(gap @ gap if self.weights is None else self.weights.of(inner) @ gap**2)
+            error += _squared(gap, 1.0 if self.weights is None else self.weights.of(inner))
         return error
+
+
+def _squared(gap: Any, counts: Any) -> float:
+    """The sum of counts * gap^2; a dot product would wake BLAS's threads, which costs more."""
+    return float((gap * gap * counts).sum())
 
 
 def nearest(numbers: Any, table: Any) -> Any:

@@ -221,10 +221,10 @@ def truncated(
     pairs = [lowrank.factors(u) for u, _ in parts]
     a, b = lowrank.added(pairs, [w for _, w in parts])
     most = min(a.shape[-2:] + b.shape[-2:])
-    left, values, right = lowrank.svd(a, b, lambda v: _rank(v, min(rank or most, most), energy))
+    pair, values = lowrank.cut(a, b, lambda v: _rank(v, min(rank or most, most), energy))
     total = float((values**2).sum()) ** 0.5
-    gone = lowrank.lost(values, left.shape[-1])
-    return made(name, parts, *lowrank.balanced(left, values, right)), gone / total if total else 0.0
+    gone = lowrank.lost(values, pair[0].shape[-2])
+    return made(name, parts, *pair), gone / total if total else 0.0
 
 
 def _rank(values: Any, rank: int, energy: float | None) -> int:

@@ -3,8 +3,9 @@
 DoRA changes W by D = m (W + V) / n - W with V = s B A and n = ||W + V||, row by row; with c = m / n
 that is (c - 1) W + c V. So sum_i w_i D_i = g W + L with g = sum w_i (c_i - 1), a number a row, and
 L = sum w_i c_i V_i of low rank (a LoRA has c = 1). Then W + g W + L = (1 + g) (W + L / (1 + g)),
-which is DoRA with the update L / (1 + g) and the magnitudes ||(1 + g) W + L||, wherever 1 + g > 0.
-The n_i take the base's weights: without them nothing of this can be had.
+which is DoRA with the update L / (1 + g) and the magnitudes (1 + g) ||W + L / (1 + g)|| (negative
+where the weights turn a row around), wherever 1 + g is not 0. The n_i take the base's weights:
+without them nothing of this can be had.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from loraduct.converters.merge import Settings
 
 Part = tuple[LowRank, float]
+NOTHING = 1e-6  # of 1 + g: below, dividing by it leaves no digits
 _ROWS = 1 << 20  # values of the base's weight held at once
 
 
@@ -89,8 +91,8 @@ def merged(
     weight = weight_of(base, name, parts[0][0])
     grown = [growth(weight, u) for u, _ in parts]
     g = sum(w * (c - 1) for (_, w), c in zip(parts, grown, strict=True))
-    if (np.asarray(1 + g) <= 0).any():
-        what = "the weights turn rows of the base around (1 + g <= 0), which no magnitude can say"
+    if (np.abs(1 + g) < NOTHING).any():
+        what = "the weights leave nothing of some rows of the base, which no magnitude can say"
         raise Refused(parts[0][0].a.path, what, tensor=name)
     pairs = [
         (a, c[:, None] * b)
@@ -103,7 +105,7 @@ def merged(
     lengths = rows_of(
         weight, lambda w, i, j: np.linalg.norm((1 + g[i:j, None]) * w + b[i:j] @ a, axis=1)
     )
-    values = {"a": a, "b": b / (1 + g)[:, None], "m": lengths}
+    values = {"a": a, "b": b / (1 + g)[:, None], "m": np.sign(1 + g) * lengths}
     stored = [t for u, _ in parts for t in u.tensors]
 
     def held(side: str) -> Tensor:
@@ -119,7 +121,7 @@ def _cut(a: Any, b: Any, settings: Settings) -> tuple[lowrank.Pair, float]:
         most = min(settings.rank or len(values), len(values))
         return most if settings.energy is None else rank_for(values**2, settings.energy)
 
-    left, values, right = lowrank.svd(a, b, choose)
+    pair, values = lowrank.cut(a, b, choose)
     total = float((values**2).sum()) ** 0.5
-    gone = lowrank.lost(values, left.shape[1])
-    return lowrank.balanced(left, values, right), gone / total if total else 0.0
+    gone = lowrank.lost(values, pair[0].shape[0])
+    return pair, gone / total if total else 0.0

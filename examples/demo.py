@@ -151,7 +151,11 @@ def answers_mlx(base: Path, adapter: Path, prompt: str) -> tuple[str, str]:
 
 
 def answers_package(base: Path, package: Path) -> list[list[str]]:
-    """What the package's functions answer, run by the reference interpreter in half precision."""
+    """What the package's functions answer, run by the reference interpreter.
+
+    In float32, from the FLOAT16 weights: in half precision a token may differ where two are equally
+    likely (at one place of the reply, two logits lie 0.004 apart).
+    """
     from transformers import AutoTokenizer
 
     from loraduct.formats.coreml import package as packages
@@ -165,7 +169,7 @@ def answers_package(base: Path, package: Path) -> list[list[str]]:
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         for function in (name, STACK):
-            session = coreml.session(held, function, weights=weights)
+            session = coreml.session(held, function, weights=weights, precision=mil.FULL)
             new = coreml.greedy(session, ids, MOST_TOKENS, stop=tokenizer.eos_token_id)
             ended = new[-1] == tokenizer.eos_token_id
             text = tokenizer.decode(new, skip_special_tokens=True)

@@ -105,7 +105,9 @@ def test_ill_conditioned_factors_do_not_go_by_their_gram_matrix() -> None:
     a[1] = -a[0] + 1e-3 * rng.normal(size=150)
     dense = b @ a
     left, values, right = lowrank.svd(a, b)
-    assert np.linalg.norm(left * values @ right - dense) < 1e-12 * np.linalg.norm(b) * np.linalg.norm(a)
+    assert np.linalg.norm(left * values @ right - dense) < 1e-12 * np.linalg.norm(
+        b
+    ) * np.linalg.norm(a)
     assert np.allclose(left.T @ left, np.eye(2), atol=1e-12)
 
 

@@ -91,9 +91,7 @@ WEIGHTS = [0.5, -0.3, 1.7]
 
 @pytest.mark.parametrize("method", ["cat", "linear", "peft-cat-like"])
 @pytest.mark.parametrize("to", ["peft", "mlx"])
-def test_sum_is_exact(
-    cli: Any, folders: list[Path], tmp_path: Path, method: str, to: str
-) -> None:
+def test_sum_is_exact(cli: Any, folders: list[Path], tmp_path: Path, method: str, to: str) -> None:
     if method == "peft-cat-like":  # a float that is no power of two everywhere
         method, weights = "cat", [1 / 3, 1 / 7, -0.1]
     else:
@@ -295,7 +293,9 @@ def head(folder: Path) -> np.ndarray:
     return st.load_file(folder / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
 
 
-def test_replaced_parameters(cli: Any, saving: Callable[[str, float], Path], tmp_path: Path) -> None:
+def test_replaced_parameters(
+    cli: Any, saving: Callable[[str, float], Path], tmp_path: Path
+) -> None:
     one, same, other = saving("one", 1.0), saving("same", 1.0), saving("other", 3.0)
     assert cli("merge", one, same, "--weights", "0.5,0.5", "-o", tmp_path / "a").exit_code == 0
     assert (head(tmp_path / "a") == 1).all()

@@ -10,7 +10,7 @@ import pytest
 
 from loraduct.converters.coded import typed
 from loraduct.converters.palette import BITS, Options, expand, ios16, ios18, nbytes
-from loraduct.converters.palettize import palettize
+from loraduct.converters.palettize import palettize, palettize_all
 from loraduct.errors import Refused
 
 pytest.importorskip("coremltools")
@@ -114,6 +114,25 @@ def test_threads_change_nothing() -> None:
     one, two = (palettize(w, Options(4, group=2), threads=n) for n in (1, 2))
     np.testing.assert_array_equal(one.indices, two.indices)
     np.testing.assert_array_equal(one.lut, two.lut)
+
+
+@pytest.mark.parametrize("options", [Options(4), Options(8), Options(3, group=4), Options(4, bf16=True)],
+                         ids=str)  # fmt: skip
+def test_many_at_once_are_as_each_alone(options: Options) -> None:
+    kinds = ["float16", "float32", "bfloat16"] * 4
+    tensors = [(f"w{i}", weight(4 * i + 4, 50, seed=i, kind=k)) for i, k in enumerate(kinds)]
+    if options.bf16:
+        tensors = [(name, w.view(np.uint16)) for name, w in tensors if w.dtype.name == "bfloat16"]
+    found = list(palettize_all(tensors, options, threads=2))
+    assert [name for name, _ in found] == [name for name, _ in tensors]
+    for (_, w), (_, many) in zip(tensors, found, strict=True):
+        alone = palettize(w, options)
+        np.testing.assert_array_equal(many.indices, alone.indices)
+        np.testing.assert_array_equal(many.lut, alone.lut)
+        assert (many.error, many.group, many.shape) == (alone.error, alone.group, alone.shape)
+    w = np.full((4, 4), 0xFFFF, np.uint16)  # NaN in both
+    with pytest.raises(Refused, match=r"^bad: holds NaN"):
+        list(palettize_all([*tensors, ("bad", w)], options))
 
 
 def test_a_shorter_last_group_is_asked_for_and_not_for_core_ml() -> None:

@@ -1,0 +1,140 @@
+"""Comparison and forecast against dense matrices in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy as st
+
+from loraduct.converters import diff as differ
+from loraduct.formats import read
+
+Folders = Callable[..., Path]
+
+
+@pytest.fixture
+def two(peft_folder: Folders) -> list[Path]:
+    made = [peft_folder("one"), peft_folder("two", r=3, lora_alpha=5)]
+    for i, folder in enumerate(made):
+        file = folder / "adapter_model.safetensors"
+        rng = np.random.default_rng(i)
+        tensors = {
+            k: rng.normal(size=v.shape).astype(np.float32) for k, v in st.load_file(file).items()
+        }
+        st.save_file(tensors, file, {"format": "pt"})
+    return made
+
+
+def dense(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        m: u.scale * (u.b.read().astype(np.float64) @ u.a.read())
+        for m, u in read(folder).low_rank.items()
+    }
+
+
+def on(first: np.ndarray, second: np.ndarray) -> float:
+    """||second P|| / ||first||, P the projection on the row space of first, by its pseudoinverse."""
+    return float(
+        np.linalg.norm(second @ np.linalg.pinv(first, rcond=1e-6) @ first) / np.linalg.norm(first)
+    )
+
+
+def test_numbers_are_those_of_the_dense_matrices(cli: Any, two: list[Path]) -> None:
+    done = cli("diff", *two, "--json")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    one, other = dense(two[0]), dense(two[1])
+    assert len(said["modules"]) == 6
+    for m in said["modules"]:
+        a, b = one[m["module"]], other[m["module"]]
+        sizes = np.linalg.norm(a), np.linalg.norm(b)
+        assert m["cosine"] == pytest.approx(np.vdot(a, b) / (sizes[0] * sizes[1]), abs=1e-6)
+        assert m["ratio"] == pytest.approx(sizes[1] / sizes[0], rel=1e-6)
+        assert m["sign_conflict"] == pytest.approx(float((a * b < 0).mean()), abs=0.01)
+        assert not m["sampled"]
+        assert m["on_first"] == pytest.approx(on(a, b), rel=1e-4)
+        assert m["on_second"] == pytest.approx(on(b, a), rel=1e-4)
+        assert m["interference"] == max(m["on_first"], m["on_second"])
+        ranks = [np.linalg.svd(x)[2][:r] for x, r in ((a, 4), (b, 3))]
+        cosines = np.clip(np.linalg.svd(ranks[0] @ ranks[1].T, compute_uv=False), 0, 1)
+        assert np.allclose(np.cos(np.radians(m["row_angles"])), cosines, atol=1e-6)
+    whole = [np.concatenate([d[k].reshape(-1) for k in one]) for d in (one, other)]
+    cosine = whole[0] @ whole[1] / (np.linalg.norm(whole[0]) * np.linalg.norm(whole[1]))
+    assert said["cosine"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_an_adapter_and_itself(two: list[Path]) -> None:
+    found = differ.diff(read(two[0]), read(two[0]))
+    assert found.cosine == pytest.approx(1)
+    assert found.interference == pytest.approx(1)
+    for m in found.modules:
+        assert m.sign_conflict == 0
+        assert max(m.row_angles) < 1e-5
+
+
+def test_adapters_that_never_meet(two: list[Path]) -> None:
+    """Inputs of disjoint coordinates: nothing of one acts on the other's."""
+    for i, folder in enumerate(two):
+        file = folder / "adapter_model.safetensors"
+        tensors = st.load_file(file)
+        for k, v in tensors.items():
+            if "lora_A" in k:
+                v[:, 8 * (1 - i) : 8 * (2 - i)] = 0
+        st.save_file(tensors, file, {"format": "pt"})
+    found = differ.diff(read(two[0]), read(two[1]))
+    assert found.interference < 1e-9
+    assert all(m.row_angles[0] == pytest.approx(90) for m in found.modules)
+
+
+def test_a_sample_is_said_to_be_one(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = differ.diff(read(two[0]), read(two[1]))
+    monkeypatch.setattr(differ, "SAMPLE", 200)
+    guess = differ.diff(read(two[0]), read(two[1]))
+    assert any(m.sampled for m in guess.modules)
+    for m, n in zip(exact.modules, guess.modules, strict=True):
+        assert n.sign_conflict == pytest.approx(m.sign_conflict, abs=0.25)
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_heat_map_stands_alone_and_escapes(two: list[Path], cli: Any, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    done = cli("diff", *two, "--html", file)
+    assert done.exit_code == 0, done.output
+    page = Page()
+    page.feed(file.read_text())
+    assert not [t for t, a in page.tags if t in ("script", "link", "img", "iframe") or "src" in a]
+    assert sum("title" in a for t, a in page.tags if t == "td") == 3 * 6
+    assert cli("diff", *two, "--html", file).exit_code == 1  # exists
+    found = differ.diff(read(two[0]), read(two[1]))
+    evil = "<script>alert(1)</script>"
+    odd = [dataclasses.replace(m, module=m.module + evil) for m in found.modules]
+    page = Page()
+    page.feed(differ.heat_map(dataclasses.replace(found, modules=tuple(odd)), [evil, evil]))
+    assert "script" not in {t for t, _ in page.tags}
+
+
+def test_refusals(cli: Any, two: list[Path], peft_folder: Folders) -> None:
+    apart = peft_folder("apart", layers=1)
+    file = apart / "adapter_model.safetensors"
+    st.save_file(
+        {k.replace("layers.0", "layers.7"): v for k, v in st.load_file(file).items()}, file
+    )
+    assert "no module in common" in cli("diff", two[0], apart).stderr
+    assert "DoRA" in cli("diff", two[0], peft_folder("dora", use_dora=True)).stderr
+    other = peft_folder("other", base_model_name_or_path="other/model")
+    assert "is for the base other/model" in cli("diff", two[0], other).stderr

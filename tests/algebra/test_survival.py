@@ -1,0 +1,262 @@
+"""Fusing into MLX's packed weights: stock mlx-lm loads it, and the report is a dense computation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx_lm.utils import load_model
+
+from loraduct.validation import survival
+
+
+def _beside(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fusing = _beside("fusing")
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PARTS = ("weight", "scales", "biases")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """(name, bits, group) -> (the base, the same packed by stock mlx-lm)."""
+    made = {}
+
+    def get(name="llama", bits=4, group=32, **more):
+        key = name, bits, group, *more
+        if key not in made:
+            folder = tmp_path_factory.mktemp("base")
+            plain = fusing.saved(name, folder / "plain", torch.float16)
+            (plain / "tokenizer_config.json").write_text("{}")
+            packed = folder / "packed"
+            _pack(plain, packed, bits, group, **more)
+            made[key] = plain, packed
+        return made[key]
+
+    return get
+
+
+def _pack(plain, packed, bits, group, mixed=False):
+    """As mlx_lm.convert does, without a tokenizer; ``mixed``: one layer in 8 bits."""
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    model, config = load_model(plain)
+
+    def own(path, module):
+        if not hasattr(module, "to_quantized"):
+            return False
+        return {"group_size": 32, "bits": 8} if mixed and "down_proj" in path else True
+
+    model, config = quantize_model(model, config, group, bits, quant_predicate=own)
+    packed.mkdir()
+    save_model(packed, model)
+    save_config(config, packed / "config.json")
+
+
+def dense(folder, module):
+    """What mx.dequantize gives, in float32 arithmetic, as float64; plain weights as they are."""
+    held = {k: v for f in folder.glob("*.safetensors") for k, v in mx.load(str(f)).items()}
+    settings = json.loads((folder / "config.json").read_text())["quantization"]
+    settings = settings.get(module, settings)
+    w, s, b = (held[f"{module}.{p}"] for p in PARTS)
+    wide = mx.dequantize(w, s.astype(mx.float32), b.astype(mx.float32),
+                         group_size=settings["group_size"], bits=settings["bits"])  # fmt: skip
+    return np.array(wide).astype(np.float64)
+
+
+def small(base, folder, size=0.02, **config):
+    """An adapter whose update is about this share of the weights."""
+    fusing.trained(base, folder, target_modules=ALL, **config)
+    file = folder / "adapter_config.json"
+    given = json.loads(file.read_text())
+    file.write_text(json.dumps(given | {"lora_alpha": 6 * size / 0.3}))
+    return folder
+
+
+def fused(cli, packed, adapter, out, *words):
+    done = cli("fuse", adapter, "--base", packed, "-o", out, "--json", *words)
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (3, 64), (8, 32), (6, 64)])
+@pytest.mark.parametrize("remedy", ["none", "compensate", "bits"])
+def test_the_report_is_a_dense_computation(cli, bases, tmp_path, bits, group, remedy):
+    plain, packed = bases(bits=bits, group=group)
+    adapter = small(plain, tmp_path / "a")
+    said = fused(cli, packed, adapter, tmp_path / "out", "--remedy", remedy, "--growth", 0.4)
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    sums = np.zeros(3)
+    reported = {m["module"]: m for m in said["survival"]["modules"]}
+    for module, (a, b) in fusing.factors(adapter).items():
+        delta = alpha / 4 * b @ a
+        before = dense(packed, module)
+        moved = dense(tmp_path / "out", module) - before
+        one = reported[f"{module}.weight"]
+        inner = (moved * delta).sum(), (delta**2).sum(), (moved**2).sum()
+        sums += inner
+        assert one["share"] == pytest.approx(inner[0] / inner[1], abs=1e-5)
+        assert one["cosine"] == pytest.approx(
+            inner[0] / max(np.sqrt(inner[1] * inner[2]), 1e-30), abs=1e-5
+        )
+        assert one["size"] == pytest.approx(np.sqrt(inner[1] / (before**2).sum()), rel=1e-5)
+    assert said["survival"]["share"] == pytest.approx(sums[0] / sums[1], abs=1e-5)
+    model, _ = load_model(tmp_path / "out")  # strict
+    wanted = np.array(model(mx.array(fusing.IDS.numpy()))[0].astype(mx.float32))
+    assert np.isfinite(wanted).all()
+    if remedy == "bits" and bits < 8:
+        own = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+        assert {v["bits"] for v in own.values() if isinstance(v, dict)} == {8}
+        assert said["bytes"]["before"] < said["bytes"]["after"] <= 1.4 * said["bytes"]["before"]
+    else:
+        assert said["bytes"]["before"] == said["bytes"]["after"]
+
+
+def test_packed_as_mlx_packs(cli, bases, tmp_path):
+    """Remedy none: bit for bit what mx.quantize makes of the float32 sum."""
+    plain, packed = bases(mixed=True)
+    adapter = small(plain, tmp_path / "a")
+    fused(cli, packed, adapter, tmp_path / "out", "--no-report")
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    settings = json.loads((packed / "config.json").read_text())["quantization"]
+    held = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    same = total = 0
+    for module, (a, b) in fusing.factors(adapter).items():
+        own = settings.get(module) or settings
+        own = settings if own is True else own
+        total_ = (dense(packed, module) + alpha / 4 * b @ a).astype(np.float32)
+        w, s, bias = mx.quantize(mx.array(total_), group_size=own["group_size"], bits=own["bits"])
+        for part, wanted in zip(PARTS, (w, s, bias), strict=True):
+            got = held[f"{module}.{part}"]
+            assert got.shape == wanted.shape
+            if part == "weight":
+                same += int((np.array(got) == np.array(wanted)).sum())
+                total += got.size
+            else:
+                assert np.allclose(
+                    np.array(got.astype(mx.float32)), np.array(wanted), rtol=2e-3, atol=1e-6
+                )
+    assert same > 0.98 * total  # float32 sums of another order fall on the other side of a half
+    for name, tensor in mx.load(str(packed / "model.safetensors")).items():
+        if "embed" in name or "norm" in name or "lm_head" in name:
+            assert np.array_equal(
+                np.array(tensor.view(mx.uint8)), np.array(held[name].view(mx.uint8))
+            )
+
+
+def test_remedies_compared_and_one_recommended(cli, bases, tmp_path):
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", 0.02)
+    said = fused(cli, packed, adapter, tmp_path / "out", "--remedy", "auto")
+    rows = {r["remedy"]: r for r in said["remedies"]}
+    assert rows.keys() == {"none", "compensate", "bits"}
+    assert all(r["effect"] is not None for r in rows.values())
+    assert rows["none"]["effect"]["cosine"] < max(r["effect"]["cosine"] for r in rows.values())
+    assert said["recommended"] in {*rows, "side path"}
+    assert (
+        said["side_path_bytes"]
+        == sum(a.size + b.size for a, b in fusing.factors(adapter).values()) * 4
+    )
+    text = cli("fuse", adapter, "--base", packed, "--dry-run", "--remedy", "auto").stdout
+    assert "recommended:" in text
+    assert "side path" in text
+
+
+def test_more_bits_keep_more(cli, bases, tmp_path):
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", 0.02)
+    effects = [
+        fused(cli, packed, adapter, tmp_path / f"out{g}", "--remedy", "bits", "--growth", g)[
+            "effect"
+        ]
+        for g in (0.1, 1)
+    ]
+    assert effects[0]["cosine"] < effects[1]["cosine"]
+    assert effects[1]["cosine"] > 0.9
+    assert effects[1]["kl"] < 0.2 * effects[1]["base_kl"]
+
+
+def test_the_gate_fails_with_3_and_writes_nothing(cli, bases, tmp_path):
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", 0.003)
+    done = cli("fuse", adapter, "--base", packed, "-o", tmp_path / "out", "--min-effect", 0.8)
+    assert done.exit_code == 3
+    assert "--min-effect 0.8: cosine" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    enough = ("--min-effect", 0.8, "--remedy", "bits", "--growth", 1)
+    large = small(plain, tmp_path / "b", 0.1)
+    assert cli("fuse", large, "--base", packed, "-o", tmp_path / "out", *enough).exit_code == 0
+
+
+def test_effect_is_that_of_the_logits(rng=np.random.default_rng(0)):
+    base = [rng.standard_normal((5, 11)), rng.standard_normal((3, 11))]
+    move = [rng.standard_normal(b.shape) for b in base]
+    unfused = [b + m for b, m in zip(base, move, strict=True)]
+    half = [b + m / 2 for b, m in zip(base, move, strict=True)]
+    exact = survival.effect(base, unfused, unfused)
+    assert (exact.cosine, exact.size, exact.kl) == pytest.approx((1, 1, 0), abs=1e-12)
+    assert survival.effect(base, unfused, half).cosine == pytest.approx(1)
+    assert survival.effect(base, unfused, half).size == pytest.approx(0.5)
+    assert survival.effect(base, unfused, base).cosine == 0
+    p, q = (torch.log_softmax(torch.tensor(np.concatenate(x)), -1) for x in (unfused, half))
+    wanted = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item() / 8
+    assert survival.effect(base, unfused, half).kl == pytest.approx(wanted)
+
+
+def test_tied_and_packed_gets_a_head_of_its_own(cli, bases, tmp_path):
+    plain, packed = bases("qwen2")
+    adapter = fusing.trained(plain, tmp_path / "a", target_modules=["lm_head"])
+    said = fused(cli, packed, adapter, tmp_path / "out", "--no-report")
+    assert said["untied"] == "lm_head.weight"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    (a, b) = fusing.factors(adapter)["lm_head"]
+    before = dense(packed, "model.embed_tokens")
+    assert np.array_equal(dense(tmp_path / "out", "model.embed_tokens"), before)
+    moved = dense(tmp_path / "out", "lm_head") - before
+    delta = 1.5 * b @ a
+    assert (moved * delta).sum() / (delta**2).sum() == pytest.approx(1, abs=0.1)
+    load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words", "says"),
+    [
+        (
+            {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
+            (),
+            "is packed as mxfp4",
+        ),
+        ({"quantization": {"bits": 7, "group_size": 32}}, (), "is not packed as MLX packs"),
+        ({"quantization": {"bits": 8, "group_size": 32}}, (), "does not fit scales"),
+        ({}, ("--dtype", "f16"), "is packed: its dtype is kept"),
+    ],
+)
+def test_refused(cli, bases, tmp_path, fields, words, says):
+    plain, packed = bases()
+    base = shutil.copytree(packed, tmp_path / "base")
+    fusing.edited(base, **fields)
+    adapter = small(plain, tmp_path / "a")
+    done = cli("fuse", adapter, "--base", base, "-o", tmp_path / "out", *words)
+    assert done.exit_code == 1
+    assert says in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_remedy_for_what_is_not_packed(cli, bases, tmp_path):
+    plain, _ = bases()
+    adapter = small(plain, tmp_path / "a")
+    done = cli("fuse", adapter, "--base", plain, "-o", tmp_path / "out", "--remedy", "bits")
+    assert done.exit_code == 1
+    assert "is not packed" in done.stderr
