@@ -8,6 +8,7 @@ from pathlib import Path
 
 import convert
 import experts
+import fuse
 import interpreter
 import merge
 import package
@@ -39,9 +40,16 @@ def measure_all(ranks: tuple[int, ...]) -> tuple[list[Table], list[Target]]:
     run_tables, run_targets = interpreter.measure_all()
     merge_tables, merge_targets = merge.measure_all()
     edit_tables, edit_targets = package.measure_all()
+    fuse_tables, fuse_targets = fuse.measure_all()
     return (
-        start_tables + tables + moe_tables + run_tables + merge_tables + edit_tables,
-        start_targets + targets + moe_targets + run_targets + merge_targets + edit_targets,
+        start_tables + tables + moe_tables + run_tables + merge_tables + edit_tables + fuse_tables,
+        start_targets
+        + targets
+        + moe_targets
+        + run_targets
+        + merge_targets
+        + edit_targets
+        + fuse_targets,
     )
 
 

@@ -122,10 +122,7 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted, *, turned: bool = False) -
     else:
         layout = "linear"
     parts = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
-    held = {
-        n: given(new.name, [new, old], x.shape, partial(_same, x))
-        for n, x in parts.items()
-    }
+    held = {n: given(new.name, [new, old], x.shape, partial(_same, x)) for n, x in parts.items()}
     update = LowRank(held["a"], held["b"], 1.0, layout=layout)
     return Found(update, update.rank, residual / size, noise / size)
 

@@ -17,11 +17,12 @@ from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.converters.neutral import neutral
 from loraduct.errors import Refused
 from loraduct.formats import model_folder, untied
-from loraduct.formats.base import Base
+from loraduct.formats.base import Base, correlation
 from loraduct.formats.model_folder import Stored, copied
 from loraduct.tensor import FLOATS, Tensor
 from loraduct.text import printable
 
+KIN = 0.9  # correlation of samples above which a packed base may be a copy; 2 bits come to 0.94
 EXACT = "base_sha256"  # key of an adapter's metadata: the fingerprint of the base it is for
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -89,12 +90,12 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
     if head is not None:
         notes.append(f"the head was tied to the embedding and now has a weight of its own ({head})")
     tensors = dict(base.tensors) | added
-    if given and head is None and base.tied and base.stored_head:  # a copy that nobody reads
-        tensors.pop(base.stored_head)
     base_now = replace(base, config=config)
     base_now.__dict__["tensors"] = tensors  # the cached property: the base as it will be
     held = fuse_packed.modules(base_now)
     places = placed(given, base_now, fuse_packed.shapes(base_now, held))
+    if head is None and base.tied and base.embedding in places.touched():
+        tensors.pop(base.stored_head or "", None)  # a copy that nobody reads, of what it was
     if held and options.remedy == "bits":
         room = int(options.growth * sum(t.nbytes for t in base.tensors.values()))
         held = fuse_packed.widened(held, places, room)
@@ -224,6 +225,10 @@ def kinship(adapter: Adapter, base: Base, held: Mapping[str, Module], allowed: b
     if adapter.base.kin is None or kin is None:
         known = "modules and shapes fit"
     elif adapter.base.kin != kin:
+        alike = correlation(adapter.base.kin, kin)
+        if alike is not None and alike < KIN:
+            what = f"sampled weights correlate {alike:.3f} with those it records, expected over {KIN:g}"
+            raise Refused(base.path, f"is not the base of {adapter.path}: {what}")
         what = "its sampled weights are near those the adapter records, not equal"
         return _kin(adapter, base, what, allowed)
     else:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Part = tuple[LowRank, float]
 Rows = Callable[[int, int], Any]  # (start, stop) -> rows of dW in float32
 BLOCK = 1 << 21  # entries of dW held at once
-HELD = 1 << 23  # entries of the merged dW that are held whole, so that they are made once
+HELD = 1 << 25  # entries of the merged dW that are held (128 MB), so that they are made once only
 FIRST_RANK = 64
 
 

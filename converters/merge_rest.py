@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraduct import origin
-from loraduct.adapter import Adapter, BaseRef, Replacement, Update
+from loraduct.adapter import Adapter, BaseRef, Note, Replacement, Update
 from loraduct.computed import given
 from loraduct.errors import Refused
+from loraduct.files import file_chunks
 from loraduct.formats.base import Base
 from loraduct.tensor import same
-from loraduct.text import number, printable
+from loraduct.text import number, printable, several
 
 if TYPE_CHECKING:
     from loraduct.converters.merge import Settings
@@ -103,8 +105,15 @@ def result(
         "bias": "all" if "all" in biases else max(biases, default="none", key=len),
     }
     dora = any(u.magnitude is not None for u in updates.values() if hasattr(u, "magnitude"))
-    texts = [{k: v for k, v in a.metadata.items() if k != origin.KEY} for a in adapters]
+    texts = [
+        {k: v for k, v in a.metadata.items() if k not in (origin.KEY, "format")} for a in adapters
+    ]
     agreed = {k: v for k, v in texts[0].items() if all(t.get(k) == v for t in texts[1:])}
+    companions, notes = _companions(adapters)
+    odd = sorted({k for t in texts for k in t if k not in agreed})
+    if odd:
+        what = f"metadata that are not the same in all are left out: {several(odd, 8)}"
+        notes.append(Note("merged", what))
     known = [a.base for a in adapters]
     return Adapter(
         path=first.path,
@@ -122,11 +131,30 @@ def result(
         ),
         naming=first.naming,
         metadata=agreed | {KEY: record(labels, weights, settings)},
-        companions=tuple(c for c in first.companions if c.name != "README.md"),
+        companions=companions,
+        notes=tuple(notes),
         layers=base.layers if base else max((a.layers or 0 for a in adapters), default=0) or None,
         model_type=base.model_type if base else first.model_type,
         base_modules=base.linear_modules if base else frozenset(),
     )
+
+
+def _companions(adapters: Sequence[Adapter]) -> tuple[tuple[Path, ...], list[Note]]:
+    """The files of all, each name once, and which of them differ. Cards tell of one adapter only."""
+    found: dict[str, Path] = {}
+    odd = []
+    for path in (c for a in adapters for c in a.companions if c.name != "README.md"):
+        first = found.setdefault(path.name, path)
+        if first is not path and not _same_file(first, path):
+            odd.append(f"{path} is not the {path.name} that is carried along ({first})")
+    return tuple(found.values()), [Note("merged", text) for text in odd]
+
+
+def _same_file(one: Path, two: Path) -> bool:
+    if one.stat().st_size != two.stat().st_size:
+        return False
+    pieces = (file_chunks(p) for p in (one, two))
+    return all(a == b for a, b in zip(*pieces, strict=True))
 
 
 def record(

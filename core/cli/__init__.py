@@ -25,6 +25,8 @@ VERBS = {
     "resize": "Cut an adapter's ranks, as well as any of that size can be.",
     "diff": "Compare two adapters module by module, and forecast how they disturb each other.",
     "package": "Build a Core ML package of a base, and add, replace or remove its adapters.",
+    "compress": "Give weights fewer bits: of a package, an adapter, or a base.",
+    "decompress": "Write compressed weights out again as the values they stand for.",
     "fuse": "Fuse adapters into a base, and say what survives in a packed one.",
     "extract": "Make a LoRA of what a tuned model differs from its base by.",
     "annotate": "Write name, version, task, licence and description into an adapter.",

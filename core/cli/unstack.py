@@ -35,7 +35,9 @@ def command(source: Path, output: Path, only: str | None, as_json: bool) -> None
         write(plans[only], output)
     else:
         if len({folder_name(n) for n in plans}) < len(plans):
-            raise Refused(source, "has adapters whose names make one folder's name; use --only NAME")
+            raise Refused(
+                source, "has adapters whose names make one folder's name; use --only NAME"
+            )
         with staged_folder(output) as stage:
             for name, plan in plans.items():
                 write(plan, stage / folder_name(name))

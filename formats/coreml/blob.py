@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,42 @@ class BlobFile:
 
 
 def unpacked(raw: Any, bits: int, count: int, signed: bool) -> Any:
-    """Values under 8 bits, one a byte, from a stream of bits with the low bits first."""
+    """Values under 8 bits, one a byte, from a stream of bits with the low bits first.
+
+    A byte, or 12 bits of a stream of 3 or 6, are looked up: all values in them at once.
+    """
     import numpy as np
 
-    stream = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")[: count * bits]
-    weights = (1 << np.arange(bits)).astype(np.uint8)
-    values = (stream.reshape(count, bits) * weights).sum(axis=1, dtype=np.uint8)
-    if signed:
-        sign = 1 << (bits - 1)
-        return ((values ^ sign).astype(np.int16) - sign).astype(np.int8)
-    return values
+    stream = np.frombuffer(raw, np.uint8)
+    wide = 12 if bits in (3, 6) else 8
+    table = _values_in(wide, bits, signed)
+    out = np.empty((-(-stream.size * 8 // wide) + 1, wide // bits), table.dtype)
+    into = out.reshape(-1).view(f"<u{wide // bits}")
+    step = 3 << 14
+    for at in range(0, stream.size, step):
+        words = stream[at : at + step]
+        if wide == 12:
+            three = np.zeros((-(-words.size // 3), 3), np.uint16)
+            three.reshape(-1)[: words.size] = words
+            low, mid, high = three.T
+            words = np.stack((low | (mid & 15) << 8, mid >> 4 | high << 4), 1).reshape(-1)
+        begin = at * 8 // wide
+        part = into[begin : begin + words.size]
+        part[:] = table.view(into.dtype).reshape(-1)[words[: part.size]]
+    return out.reshape(-1)[:count]
+
+
+@cache
+def _values_in(wide: int, bits: int, signed: bool) -> Any:
+    """(2**wide, wide / bits): the values in a word, the low bits first."""
+    import numpy as np
+
+    shifts = np.arange(0, wide, bits, dtype=np.uint16)
+    found = (np.arange(1 << wide, dtype=np.uint16)[:, None] >> shifts) & ((1 << bits) - 1)
+    if not signed:
+        return np.ascontiguousarray(found, np.uint8)
+    sign = 1 << (bits - 1)
+    return ((found ^ sign).astype(np.int16) - sign).astype(np.int8)
 
 
 def packed(values: Any, bits: int) -> Any:

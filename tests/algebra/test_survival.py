@@ -199,7 +199,8 @@ def test_the_gate_fails_with_3_and_writes_nothing(cli, bases, tmp_path):
     assert cli("fuse", large, "--base", packed, "-o", tmp_path / "out", *enough).exit_code == 0
 
 
-def test_effect_is_that_of_the_logits(rng=np.random.default_rng(0)):
+def test_effect_is_that_of_the_logits():
+    rng = np.random.default_rng(0)
     base = [rng.standard_normal((5, 11)), rng.standard_normal((3, 11))]
     move = [rng.standard_normal(b.shape) for b in base]
     unfused = [b + m for b, m in zip(base, move, strict=True)]
@@ -260,3 +261,23 @@ def test_a_remedy_for_what_is_not_packed(cli, bases, tmp_path):
     done = cli("fuse", adapter, "--base", plain, "-o", tmp_path / "out", "--remedy", "bits")
     assert done.exit_code == 1
     assert "is not packed" in done.stderr
+
+
+def test_a_packed_copy_of_the_recorded_base_needs_a_flag(cli, bases, tmp_path):
+    plain, packed = bases()
+    adapter, carried = small(plain, tmp_path / "a"), tmp_path / "mlx"
+    assert cli("convert", adapter, "--to", "mlx", "--base", plain, "-o", carried).exit_code == 0
+    words = ("--base", packed, "-o", tmp_path / "out", "--no-report")
+    done = cli("fuse", carried, *words)
+    assert done.exit_code == 1
+    assert "near those the adapter records, not equal" in done.stderr
+    assert cli("fuse", carried, *words, "--allow-kin").exit_code == 0
+    other = shutil.copytree(packed, tmp_path / "other")
+    held = {
+        k: v[::-1] if v.ndim == 2 else v
+        for k, v in mx.load(str(packed / "model.safetensors")).items()
+    }
+    mx.save_safetensors(str(other / "model.safetensors"), held)
+    done = cli("fuse", carried, "--base", other, "-o", tmp_path / "no", "--allow-kin")
+    assert done.exit_code == 1
+    assert "sampled weights correlate" in done.stderr

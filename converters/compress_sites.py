@@ -1,0 +1,162 @@
+"""The weights of a package: each blob once, all constants that refer to it, and who uses it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraduct.converters.compress_wanted import Wanted
+from loraduct.converters.compressible import left_alone
+from loraduct.errors import Refused
+from loraduct.formats.coreml.constexpr import is_compressed
+from loraduct.formats.coreml.edit import FILE, offsets_of
+from loraduct.formats.coreml.package import Package
+from loraduct.formats.coreml.program import type_of
+from loraduct.tensor import Tensor
+from loraduct.text import printable
+
+FLOATS = ("FLOAT16", "FLOAT32")
+BASE, ADAPTER = "base", "adapter"
+# opsets -> which forms of compressed constants they have (coremltools 9.0, the versions of its ops)
+OLD, NEW = "iOS16", "iOS18"
+FORMS = {"CoreML6": OLD, "CoreML7": OLD, "CoreML8": NEW, "CoreML9": NEW}
+
+
+@dataclass
+class Weight:
+    """One blob. ``ops``: the constants that refer to it, of all functions, and their operations'
+    names; ``reason``: why it is left as it is."""
+
+    offset: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    group: str = BASE
+    ops: list[Any] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+
+def form_of(package: Package) -> str:
+    """Which forms the package's opset has. Raises Refused for one that has none, and for a mixture."""
+    opsets = sorted({f.opset for f in package.functions.values()})
+    if len(opsets) > 1:
+        raise Refused(package.path, f"has functions of several opsets: {', '.join(opsets)}")
+    if opsets[0] not in FORMS:
+        what = f"is of opset {printable(opsets[0], 40)}, which has no compressed constants"
+        raise Refused(package.path, f"{what}: {', '.join(FORMS)} have")
+    return FORMS[opsets[0]]
+
+
+def operations(block: Any) -> Iterator[Any]:
+    """A block's operations, those of blocks within included."""
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from operations(inner)
+
+
+def blocks_of(package: Package) -> Iterator[tuple[str, Any]]:
+    """Every block that a function may run, with the function's name."""
+    for name, function in package.functions.items():
+        for block in function.block_specializations.values():
+            yield name, block
+
+
+def compressed_in(package: Package) -> int:
+    """How many compressed constants there are, of all functions."""
+    blocks = blocks_of(package)
+    return sum(is_compressed(op) for _, block in blocks for op in operations(block))
+
+
+def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) -> list[Weight]:
+    """All constants in the weight file, in its order; with the reason where one is left as it is."""
+    found: dict[int, Weight] = {}
+    elsewhere: dict[int, int] = {}
+    for _, block in blocks_of(package):
+        for op in operations(block):
+            one = _constant(op)
+            if one is None:
+                for value in _values(op):
+                    elsewhere[value.offset] = elsewhere.get(value.offset, 0) + 1
+                continue
+            weight = found.setdefault(one.offset, one)
+            weight.ops.append(op)
+            if (weight.dtype, weight.shape) != (one.dtype, one.shape):
+                weight.reason = "read as several shapes"
+    adapters = _adapters_only(package, record)
+    include, exclude = _pattern(wanted.include), _pattern(wanted.exclude)
+    for weight in found.values():
+        names = [op.outputs[0].name for op in weight.ops]
+        weight.group = ADAPTER if weight.offset in adapters else BASE
+        weight.reason = (
+            weight.reason
+            or _asked(names, include, exclude)
+            or ("is also an argument of its own" if weight.offset in elsewhere else None)
+            or ("no float" if weight.dtype not in FLOATS else None)
+            or (None if include else next(filter(None, (left_alone(n, weight.shape) for n in names)), None))
+            or ("scalar or vector" if len(weight.shape) < 2 else None)
+        )  # fmt: skip
+    return [found[o] for o in sorted(found)]
+
+
+def tensor_of(package: Package, weight: Weight) -> Tensor:
+    """Its values, lazily."""
+    return package.blobs.tensor(weight.offset, weight.dtype, weight.shape, weight.name)
+
+
+def _constant(op: Any) -> Weight | None:
+    """The weight of a constant in the usual weight file."""
+    if op.type != "const" or "val" not in op.attributes:
+        return None
+    value = op.attributes["val"]
+    if value.WhichOneof("value") != "blobFileValue" or value.blobFileValue.fileName != FILE:
+        return None
+    dtype, shape = type_of(value.type)
+    sizes = tuple(n or 0 for n in shape)
+    return Weight(value.blobFileValue.offset, op.outputs[0].name, dtype, sizes)
+
+
+def _values(op: Any) -> Iterator[Any]:
+    """What else of an operation lies in the weight file."""
+    held = [*op.attributes.values()]
+    held += [b.value for a in op.inputs.values() for b in a.arguments]
+    for value in held:
+        if value.WhichOneof("value") == "blobFileValue":
+            yield value.blobFileValue
+
+
+def _adapters_only(package: Package, record: Mapping[str, Any] | None) -> set[int]:
+    """Offsets that functions with an adapter refer to, and no other function does."""
+    rows = (record or {}).get("functions", {})
+    with_adapter = {f for f, row in rows.items() if row["adapters"]}
+    used: dict[bool, set[int]] = {True: set(), False: set()}
+    for name, function in package.functions.items():
+        used[name in with_adapter] |= offsets_of(function)
+    return used[True] - used[False]
+
+
+def _asked(names: list[str], include: Any, exclude: Any) -> str | None:
+    if include is not None and not any(include.search(n) for n in names):
+        return "not in --include"
+    if exclude is not None and any(exclude.search(n) for n in names):
+        return "in --exclude"
+    return None
+
+
+def _pattern(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise Refused(None, f"{text!r} is no regular expression: {e}") from None

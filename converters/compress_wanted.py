@@ -1,0 +1,58 @@
+"""What a user asks `compress` for, and what it answers, whatever is compressed.
+
+Each kind of target has a module with ``compress(target, output, wanted) -> Outcome`` and
+``decompress(target, output, *, force) -> Outcome``; ``output`` None: nothing is written (--plan). Whether an
+existing ``output`` may be replaced is checked by them (``force``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loraduct.errors import Refused
+
+PALETTES = (1, 2, 3, 4, 6, 8)
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9,
+          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}  # fmt: skip
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One of ``palettize`` (bits), ``quantize`` (int8, int4), ``bits_per_weight``, ``size`` (bytes).
+
+    ``adapter_bits``: of the factors of adapters, which are left as they are without it.
+    ``group_size``: channels per table; input channels per scale with ``quantize``. ``include``,
+    ``exclude``: regular expressions, searched in the names of tensors. ``force``: replace ``output``.
+    """
+
+    palettize: int | None = None
+    quantize: str | None = None
+    bits_per_weight: float | None = None
+    size: int | None = None
+    adapter_bits: int | None = None
+    group_size: int | None = None
+    per_channel_scale: bool = False
+    include: str | None = None
+    exclude: str | None = None
+    force: bool = False
+
+
+class Outcome(Protocol):
+    """What was done, or planned."""
+
+    def lines(self) -> list[str]:
+        """For people."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: one document."""
+
+
+def bytes_of(text: str) -> int:
+    """``60MB`` (10**6), ``60MiB`` (2**20), or bytes. Raises Refused for what is no size."""
+    found = _SIZE.match(text.strip())
+    if not found:
+        raise Refused(None, f"{text!r} is no size; such as 60MB, 1.5GB or 57MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])

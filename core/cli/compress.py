@@ -1,0 +1,119 @@
+"""``loraduct compress``: fewer bits for a package, an adapter, or a base."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraduct.cli.common import PATH, json_option, print_json
+
+# what a target is -> the module that compresses it
+KINDS = {
+    "package": "loraduct.converters.compress_package",
+    "adapter": "loraduct.converters.compress_adapter",
+    "base": "loraduct.converters.compress_base",
+}
+
+
+@click.command("compress")
+@click.argument("target", metavar="TARGET", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Where to write (needed unless --plan).")
+@click.option(
+    "--palettize", type=click.Choice(["1", "2", "3", "4", "6", "8"]), metavar="BITS",
+    help="Indices of 1, 2, 3, 4, 6 or 8 bits into tables of values.",
+)  # fmt: skip
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int4"]), help="Integers times a scale per channel."
+)
+@click.option(
+    "--bits-per-weight", type=click.FloatRange(0, 16, min_open=True),
+    help="A width for every tensor, so that this is the average and the error the least.",
+)  # fmt: skip
+@click.option("--size", metavar="SIZE", help="The same, for a size of all in all, such as 60MB.")
+@click.option("--adapter-bits", type=click.IntRange(1, 8), help="Adapters too [left as they are].")
+@click.option(
+    "--group-size", type=click.IntRange(1), metavar="N",
+    help="Channels per table; with --quantize, input channels per scale.",
+)  # fmt: skip
+@click.option("--per-channel-scale", is_flag=True, help="Scale channels before they share a table.")
+@click.option("--include", metavar="REGEX", help="Only tensors whose name it is found in.")
+@click.option("--exclude", metavar="REGEX", help="No tensors whose name it is found in.")
+@click.option("--plan", is_flag=True, help="Show widths, bytes and errors; write nothing.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@json_option
+def command(
+    target: Path,
+    output: Path | None,
+    palettize: str | None,
+    quantize: str | None,
+    bits_per_weight: float | None,
+    size: str | None,
+    adapter_bits: int | None,
+    group_size: int | None,
+    per_channel_scale: bool,
+    include: str | None,
+    exclude: str | None,
+    plan: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compress TARGET: a Core ML package, an adapter's folder, or a base model's folder.
+
+    Norms, masks, tables and small tensors are left as they are, and listed with the reason.
+    """
+    ways = (palettize, quantize, bits_per_weight, size)
+    if sum(v is not None for v in ways) > 1:
+        raise click.UsageError(
+            "give one of --palettize, --quantize, --bits-per-weight and --size"
+        )
+    if all(v is None for v in (*ways, adapter_bits)):
+        raise click.UsageError("how? --palettize 4, --quantize int8, --bits-per-weight or --size")
+    if output is None and not plan:
+        raise click.UsageError("give -o OUT, or --plan")
+    if per_channel_scale and quantize:
+        raise click.UsageError("--quantize has scales already: leave --per-channel-scale out")
+    from loraduct.converters.compress_wanted import Wanted, bytes_of
+
+    wanted = Wanted(
+        palettize=int(palettize) if palettize else None,
+        quantize=quantize,
+        bits_per_weight=bits_per_weight,
+        size=bytes_of(size) if size else None,
+        adapter_bits=adapter_bits,
+        group_size=group_size,
+        per_channel_scale=per_channel_scale,
+        include=include,
+        exclude=exclude,
+        force=force,
+    )
+    say(module_of(target).compress(target, None if plan else output, wanted), as_json)
+
+
+def module_of(target: Path) -> Any:
+    """The module for what the target is: by its files, as everywhere."""
+    from loraduct.formats import adapters_in, detect
+    from loraduct.formats.coreml.package import is_package
+
+    if is_package(target):
+        kind = "package"
+    elif target.is_dir() and not detect(target) and (target / "config.json").exists():
+        kind = "base"
+    else:
+        kind = "adapter"
+        if target.is_dir() and not adapters_in(target):
+            from loraduct.errors import NotRecognised
+
+            what = "is no package, no adapter's folder and no base model's"
+            raise NotRecognised(target, what)
+    return import_module(KINDS[kind])
+
+
+def say(outcome: Any, as_json: bool) -> None:
+    """What was done, for people or for programs."""
+    if as_json:
+        print_json(outcome.as_json())
+    else:
+        click.echo("\n".join(outcome.lines()))
