@@ -22,7 +22,7 @@ from loraduct.formats.model_folder import Stored, copied
 from loraduct.tensor import FLOATS, Tensor
 from loraduct.text import printable
 
-KIN = 0.9  # correlation of samples above which a packed base may be a copy; 2 bits come to 0.94
+KIN = 0.8  # correlation of samples from which a packed base may be a copy: 2 bits came to 0.89
 EXACT = "base_sha256"  # key of an adapter's metadata: the fingerprint of the base it is for
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

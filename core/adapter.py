@@ -151,6 +151,7 @@ class Adapter:
     layers: int | None = None  # blocks of the base, when known
     model_type: str | None = None  # the base's, when it was given
     base_modules: frozenset[str] = frozenset()  # linear modules of the base, when known
+    container: str | None = None  # "packed": the file holds the format's tensors compressed
     name: str | None = None  # which of a package's adapters it is
     set_aside: tuple[Tensor, ...] = ()  # copies of other tensors, without an effect of their own
 

@@ -26,7 +26,7 @@ _TRAINING = (
     "seed",
     "data",
 )
-_FORMATS = {"peft": "PEFT", "mlx": "MLX", "coreml": "Core ML"}
+_FORMATS = {"peft": "PEFT", "mlx": "MLX", "coreml": "Core ML", "packed": "Packed"}
 _CHECKPOINT = re.compile(r"\d{7}_adapters\.safetensors")
 _UNSAID = "base-precision-unknown"  # a trap of nearly every PEFT adapter: said in the base's line
 
@@ -44,7 +44,7 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "path": str(adapter.path),
         "weights": adapter.weights.name,
         "checkpoints": _checkpoints(adapter),
-        "format": adapter.format,
+        "format": adapter.container or adapter.format,
         "method": adapter.method,
         "kind": kind_of(adapter),
         "base": {

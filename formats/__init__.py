@@ -24,6 +24,10 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
         ("adapters.safetensors", "adapters.npz"),
         "MLX folder: adapter_config.json + adapters.safetensors (.npz: read only)",
     ),
+    "packed": (
+        ("adapter_packed.safetensors",),
+        "packed folder: adapter_config.json + adapter_packed.safetensors, from compress",
+    ),
     "coreml": (
         ("Data/com.apple.CoreML",),
         "Core ML package (.mlpackage): a base, and the adapters put into it",
@@ -31,9 +35,12 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+_MODULES = {"packed": "packed_adapter"}  # named otherwise than the format
+
+
 def module_of(name: str) -> ModuleType:
     """The module of a format."""
-    return import_module(f"loraduct.formats.{name}")
+    return import_module(f"loraduct.formats.{_MODULES.get(name, name)}")
 
 
 def detect(folder: Path) -> str | None:

@@ -20,7 +20,9 @@ from loraduct.text import several
 WEIGHTS = {"peft": peft.WEIGHTS, "mlx": mlx.WEIGHTS}
 METADATA = {"peft": peft_writer.METADATA, "mlx": mlx_writer.METADATA}
 # what a folder may hold for --force to replace it
-_OURS = (CONFIG, peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.OLD_WEIGHTS)
+_OURS = (
+    CONFIG, peft.WEIGHTS, peft.PICKLE, mlx.WEIGHTS, mlx.OLD_WEIGHTS, "adapter_packed.safetensors"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,17 @@ _LEAVES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
     """The adapter in ``folder``; every tensor is accounted for or refused by name."""
-    weights, tensors, metadata = _weights(folder, options)
+    return interpreted(folder, options, *read_weights(folder, options))
+
+
+def interpreted(
+    folder: Path,
+    options: ReadOptions,
+    weights: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> Adapter:
+    """The adapter of a folder's config and of tensors under MLX's names."""
     check_floats(tensors.values(), weights)
     if not tensors:
         raise Refused(weights, "holds no tensors; an adapter without weights does nothing")
@@ -71,7 +81,10 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     )
 
 
-def _weights(folder: Path, options: ReadOptions) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+def read_weights(
+    folder: Path, options: ReadOptions
+) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The weights file, its tensors and its texts."""
     weights = options.weights or folder / WEIGHTS
     old = folder / OLD_WEIGHTS
     if (

@@ -47,8 +47,20 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
         from loraduct.formats import peft_tuned
 
         return peft_tuned.read(folder, config, options)
+    return interpreted(folder, options, *read_weights(folder, options))
+
+
+def interpreted(
+    folder: Path,
+    options: ReadOptions,
+    weights: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> Adapter:
+    """The LoRA of a folder's config and of tensors under PEFT's keys."""
+    config_file = folder / CONFIG
+    config = read_object(config_file)
     unknown = peft_config.check(config, config_file)
-    weights, tensors, metadata = read_weights(folder, options)
     check_floats(tensors.values(), weights)
     parts, plain = sorted_by_module(tensors, weights, options.adapter)
     if not parts and not plain:
@@ -88,6 +100,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
 def read_weights(
     folder: Path, options: ReadOptions
 ) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The weights file or index, its tensors and its texts."""
     weights = options.weights or folder / WEIGHTS
     pickle, index = folder / PICKLE, folder / INDEX
     if options.weights is None and not weights.exists() and index.exists():

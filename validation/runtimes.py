@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loraduct.formats.base import Base
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
-from loraduct.validation.mil import FULL
+from loraduct.validation.mil import FULL, Weights
 
 RUNTIME = {"peft": "torch", "mlx": "mlx", "coreml": "coreml"}
 PROMPTS = (
@@ -132,14 +133,16 @@ def run_package(
 
     ``count``: tokens to continue with. Returns the run and the warnings of overflow.
     """
-    from loraduct.formats.coreml.package import read
+    from loraduct.formats.coreml.package import spec_path
     from loraduct.validation import coreml, mil
 
-    package = read(path)
+    stamp = spec_path(path).stat()
+    weights = _weights(path, (stamp.st_ino, stamp.st_mtime_ns))
+    package = weights.package
     ranges = mil.Ranges()
     known = coreml.functions(package)
     name = coreml.alone(package, adapter) if adapter else next(iter(known))
-    session = coreml.session(package, name, precision=precision, ranges=ranges)
+    session = coreml.session(package, name, weights=weights, precision=precision, ranges=ranges)
     logits = []
     for tokens in ids:
         session.start()
@@ -148,10 +151,20 @@ def run_package(
     return Run(logits, greedy), ranges.warnings
 
 
+@lru_cache(maxsize=1)
+def _weights(path: Path, stamp: tuple[int, int]) -> Weights:
+    """A package's weights, decoded once for all its runs; ``stamp``: of its specification."""
+    from loraduct.formats.coreml.package import read
+
+    return Weights(read(path))
+
+
 def usual_weights(adapter: Adapter) -> bool:
     """Whether a stock library finds the weights by itself: config beside them, usual name."""
     if adapter.format == "coreml":
         return True
+    if adapter.container == "packed":
+        return False
     names = (peft.WEIGHTS, peft.PICKLE) if adapter.format == "peft" else (mlx.WEIGHTS,)
     in_place = adapter.weights.parent == adapter.path and adapter.weights.name in names
     return in_place and (adapter.path / CONFIG).exists()
@@ -171,7 +184,10 @@ def _folder_of(adapter: Adapter | None) -> Iterator[Path | None]:
         folder = Path(name)
         write_file(folder / CONFIG, [json_file.dump(adapter.config)])
         target = folder / (peft.WEIGHTS if adapter.format == "peft" else mlx.WEIGHTS)
-        if adapter.weights.suffix == ".npz":
+        if adapter.container == "packed":
+            _, tensors, texts = packed_adapter.unpacked(adapter.weights)
+            write_file(target, serialized(tensors, texts, {}))
+        elif adapter.weights.suffix == ".npz":
             write_file(target, serialized(_as_stored(adapter), {"format": "mlx"}, {}))
         else:
             target.symlink_to(adapter.weights.absolute())

@@ -1,0 +1,204 @@
+"""Packed adapters: ``adapter_config.json`` as it was + ``adapter_packed.safetensors``.
+
+The file is the source's (PEFT's or MLX's) with its factors as indices into tables, or as integers with
+scales; all else stands in it as it was. docs/packed.md describes it, with a reader of 20 lines. Reading
+gives the source's tensors back, 16 bits each and made when they are asked for, to the source's reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.errors import Refused
+from loraduct.formats import mlx, peft
+from loraduct.formats.json_file import parse_object
+from loraduct.formats.options import ReadOptions
+from loraduct.formats.safetensors_file import read_header
+from loraduct.tensor import Tensor
+from loraduct.text import printable
+
+WEIGHTS = "adapter_packed.safetensors"
+KEY, VERSION = "packed", 1
+STREAM = "packed.indices"  # all indices, tensor after tensor, each from a byte's beginning
+NUMBERS = {"lut": "packed.tables", "int": "packed.scales"}  # kind -> the tensor beside them
+BITS = {"lut": (1, 2, 3, 4, 6, 8), "int": (4, 8)}
+LEAVES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B",
+          ".lora_a", ".lora_b")  # fmt: skip
+READERS: dict[str, Callable[..., Adapter]] = {"peft": peft.interpreted, "mlx": mlx.interpreted}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One packed tensor of ``shape``: as a matrix with the ranks first.
+
+    ``axis`` of the tensor comes first and the others are joined; ``rows`` of it are stored, the rest
+    is zeros. ``group``: rows per table of ``lut`` (0: one table), columns per scale of ``int`` (0: one
+    scale per row).
+    """
+
+    bits: int
+    shape: tuple[int, ...]
+    axis: int
+    rows: int
+    group: int = 0
+    kind: str = "lut"
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return math.prod(self.shape) // self.shape[self.axis]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the indices."""
+        return -(-self.rows * self.columns * self.bits // 8)
+
+    @property
+    def numbers(self) -> int:
+        """Entries of tables, or scales."""
+        if self.kind == "lut":
+            return -(-self.rows // (self.group or self.rows)) << self.bits
+        return self.rows * (self.columns // (self.group or self.columns))
+
+    def as_json(self) -> list[Any]:
+        """[bits, shape, axis], and the rows where there are fewer than the shape has."""
+        short = [self.rows] if self.rows != self.shape[self.axis] else []
+        return [self.bits, list(self.shape), self.axis, *short]
+
+
+def values(item: Item, stream: Any, numbers: Any) -> Any:
+    """The tensor (float16) of its indices (bytes) and its tables or scales (float16)."""
+    import numpy as np
+
+    count = item.rows * item.columns
+    places = np.unpackbits(stream, bitorder="little")[: count * item.bits].reshape(-1, item.bits)
+    codes = np.packbits(places, axis=1, bitorder="little")[:, 0].reshape(item.rows, item.columns)
+    if item.kind == "lut":
+        tables = numbers.reshape(-1, 1 << item.bits)
+        of_row = np.arange(item.rows) // (item.group or item.rows)
+        found = tables[of_row[:, None], codes]
+    else:
+        scales = np.repeat(numbers.reshape(item.rows, -1), item.group or item.columns, axis=1)
+        found = scales * (codes.astype(np.float16) - np.float16(1 << (item.bits - 1)))
+    full = np.zeros((item.shape[item.axis], item.columns), np.float16)
+    full[: item.rows] = found
+    rest = [n for i, n in enumerate(item.shape) if i != item.axis]
+    return np.ascontiguousarray(np.moveaxis(full.reshape(-1, *rest), 0, item.axis))
+
+
+def layout(source: str, kind: str, group: int, items: Mapping[str, Item]) -> str:
+    """What the metadata key ``packed`` says."""
+    said = {"version": VERSION, "source": source, "kind": kind, "group": group}
+    listed = {name: item.as_json() for name, item in items.items()}
+    return json.dumps({**said, "layout": listed}, separators=(",", ":"))
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed adapter."""
+    return (folder / WEIGHTS).exists()
+
+
+def read(folder: Path, options: ReadOptions) -> Adapter:
+    """The adapter in ``folder``: `format` and names are the source's, `container` is "packed"."""
+    weights = options.weights or folder / WEIGHTS
+    source, tensors, metadata = unpacked(weights)
+    # factors were turned, and the padding that a record tells of may be part of that
+    plain = replace(options, restore=False)
+    found = READERS[source](folder, plain, weights, tensors, metadata)
+    return replace(found, container="packed")
+
+
+def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """The source's format, its tensors by name, and its metadata. Reads the header only.
+
+    Raises Refused unless the layout accounts for every byte of the packed tensors.
+    """
+    stored, metadata = read_header(weights)
+    source, items = _items(metadata.pop(KEY, None), weights)
+    kind = next(iter(items.values())).kind if items else "lut"
+    parts = [stored.pop(name, None) for name in (STREAM, NUMBERS[kind])]
+    if parts[0] is None or parts[1] is None:
+        raise Refused(weights, f"has no {STREAM} with {NUMBERS[kind]}: not a packed adapter")
+    stream, numbers = parts[0], parts[1]
+    for tensor, dtype, size in (
+        (stream, "U8", sum(i.nbytes for i in items.values())),
+        (numbers, "F16", sum(i.numbers for i in items.values())),
+    ):
+        if (tensor.stored_dtype, tensor.stored_shape) != (dtype, (size,)):
+            what = f"{dtype} [{size}] is expected by the layout"
+            found = f"{tensor.stored_dtype} {list(tensor.stored_shape)}"
+            raise Refused(weights, f"is {found}; {what}", tensor=tensor.name)
+    done: dict[str, Tensor] = {}
+    at = beside = 0
+    for name, item in items.items():
+        if name in stored:
+            raise Refused(weights, "is there twice, packed and plain", tensor=name)
+        own = replace(stream, name=name, stored_shape=(item.nbytes,), offset=stream.offset + at)
+        table = replace(
+            numbers, stored_shape=(item.numbers,), offset=numbers.offset + 2 * beside
+        )
+        at, beside = at + item.nbytes, beside + item.numbers
+        done[name] = Tensor(
+            name, "F16", item.shape, make=partial(_made, item, own, table), inputs=(own,),
+            path=weights,
+        )  # fmt: skip
+    return source, done | stored, metadata
+
+
+def _made(item: Item, own: Tensor, table: Tensor) -> Any:
+    import numpy as np
+
+    return values(item, own.raw(), table.raw().view(np.float16)).view(np.uint16)
+
+
+def _items(text: str | None, file: Path) -> tuple[str, dict[str, Item]]:
+    """(the source's format, items by name) of the metadata, checked."""
+    if text is None:
+        raise Refused(file, f"has no metadata key {KEY!r}: not a packed adapter")
+    said = parse_object(text.encode(), file, f"metadata key {KEY!r}")
+    if said.get("version") != VERSION:
+        shown = printable(repr(said.get("version")), 20)
+        raise Refused(file, f"is packed by version {shown}; version {VERSION} is read")
+    source, kind, group = said.get("source"), said.get("kind"), said.get("group")
+    if source not in READERS or kind not in NUMBERS or not _whole(group, 0):
+        what = f"source {source!r}, kind {kind!r}, group {group!r}"
+        raise Refused(file, f"metadata key {KEY!r} says {printable(what, 200)}: not understood")
+    listed = said.get("layout")
+    if not isinstance(listed, dict) or not listed:
+        raise Refused(file, f"metadata key {KEY!r} lists no tensors")
+    return source, {n: _item(n, entry, kind, group, file) for n, entry in listed.items()}
+
+
+def _item(name: str, entry: Any, kind: str, group: int, file: Path) -> Item:
+    sound = (
+        isinstance(entry, list)
+        and len(entry) in (3, 4)
+        and entry[0] in BITS[kind]
+        and isinstance(entry[1], list)
+        and 1 <= len(entry[1]) <= 8
+        and all(_whole(n, 1) for n in entry[1])
+        and _whole(entry[2], 0)
+        and entry[2] < len(entry[1])
+        and (len(entry) == 3 or (_whole(entry[3], 1) and entry[3] <= entry[1][entry[2]]))
+    )
+    if not sound:
+        raise Refused(file, f"its layout {printable(repr(entry), 80)} is not understood", tensor=name)
+    bits, shape, axis = entry[0], tuple(entry[1]), entry[2]
+    item = Item(bits, shape, axis, entry[3] if len(entry) == 4 else shape[axis], group, kind)
+    if math.prod(shape) > 8 * item.nbytes // bits * shape[axis]:
+        raise Refused(file, f"shape {list(shape)} is more than its indices can fill", tensor=name)
+    if kind == "int" and group and item.columns % group:
+        what = f"has {item.columns} columns, which groups of {group} don't divide"
+        raise Refused(file, what, tensor=name)
+    return item
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**40
