@@ -23,7 +23,6 @@ from loraduct.formats.coreml.program import (
     immediate_value,
     mangled,
     string_value,
-    tensor_type,
 )
 from loraduct.formats.coreml.schema import new
 
@@ -249,9 +248,7 @@ def rewritten(op: Any, weight: Weight, way: Way, form: str, given: dict[str, Any
     return [_operation("lut_to_dense", inner, op, inputs=first), last]
 
 
-def _operation(
-    kind: str, name: str, like: Any, inputs: Any = None, attributes: Any = None
-) -> Any:
+def _operation(kind: str, name: str, like: Any, inputs: Any = None, attributes: Any = None) -> Any:
     made = new("Operation", type=f"constexpr_{kind}")
     made.outputs.add(name=name, type=like.outputs[0].type)
     made.attributes["name"].CopyFrom(string_value(name))
@@ -272,5 +269,3 @@ def _shape(shape: tuple[int, ...]) -> Any:
     import numpy as np
 
     return np.array(shape, np.uint32)
-
-

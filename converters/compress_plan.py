@@ -41,7 +41,9 @@ def asked(wanted: Wanted) -> dict[str, Way | None]:
     group = wanted.group_size or 0
     if (wanted.per_channel_scale or group) and not (wanted.palettize or wanted.quantize):
         what = "--per-channel-scale" if wanted.per_channel_scale else "--group-size"
-        raise Refused(None, f"{what} goes with --palettize{'' if 'p' in what[:3] else ' or --quantize'}")
+        raise Refused(
+            None, f"{what} goes with --palettize{'' if 'p' in what[:3] else ' or --quantize'}"
+        )
     base = None
     if wanted.palettize is not None:
         base = Way("lut", wanted.palettize, group, wanted.per_channel_scale)

@@ -96,13 +96,21 @@ class Report:
             out += table([["tensors", "how", "count", "before", "after", "error"], *_kinds(made)])
         left = Counter((r.group, r.reason or "") for r in self.rows if r.way is None)
         for (group, reason), count in sorted(left.items(), key=lambda kv: -kv[1]):
-            held = [r.name for r in self.rows if r.way is None and (r.group, r.reason) == (group, reason)]
+            held = [
+                r.name
+                for r in self.rows
+                if r.way is None and (r.group, r.reason) == (group, reason)
+            ]
             names = several(list(dict.fromkeys(map(kind_of, held))), 4)
             out.append(f"  left as it is: {count} of the {group} ({printable(reason)}): {names}")
         out += [f"  note: {printable(n, 600)}" for n in self.notes]
         if self.checked:
             out.append(f"  {self.checked} tensors read back from the file, as they were meant")
-        bits = "" if math.isnan(self.bits) else f", {self.bits:.2f} bits per weight of {len(made)} tensors"
+        bits = (
+            ""
+            if math.isnan(self.bits)
+            else f", {self.bits:.2f} bits per weight of {len(made)} tensors"
+        )
         out.append(f"{self.done}: {size(self.before)} -> {size(self.after)}{bits}")
         return out
 

@@ -84,7 +84,7 @@ def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) 
     elsewhere: dict[int, int] = {}
     for _, block in blocks_of(package):
         for op in operations(block):
-            one = _constant(op)
+            one = constant(op)
             if one is None:
                 for value in _values(op):
                     elsewhere[value.offset] = elsewhere.get(value.offset, 0) + 1
@@ -114,7 +114,7 @@ def tensor_of(package: Package, weight: Weight) -> Tensor:
     return package.blobs.tensor(weight.offset, weight.dtype, weight.shape, weight.name)
 
 
-def _constant(op: Any) -> Weight | None:
+def constant(op: Any) -> Weight | None:
     """The weight of a constant in the usual weight file."""
     if op.type != "const" or "val" not in op.attributes:
         return None

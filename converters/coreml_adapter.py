@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from loraduct.account import Account
@@ -275,15 +275,6 @@ def _inverse(module: str, u: LowRank, a: Tensor, b: Tensor, fold: int, base: Pac
         )
         raise Refused(u.a.path, f"{what}: FLOAT16 can't hold their inverse", tensor=module)
     return inverse.astype(np.float32)
-
-
-def beside_others(store: Store, module: str, parts: Parts) -> Parts:
-    """With DoRA's factor minus 1, which it needs beside other adapters."""
-    if parts.magnitude is None or parts.inverse is None:
-        return parts
-    factor = store.values(parts.magnitude) * store.values(parts.inverse)
-    blob = store.put(_half(factor - 1, f"{module}.excess"))
-    return replace(parts, excess=blob)
 
 
 def swap_of(base: PackageBase, parameter: str, blob: Blob) -> Swap:

@@ -42,7 +42,8 @@ def _pieces(name: str, base: Tensor, places: Placed, dtype: str) -> Iterator[Any
         what = f"is stored as {base.stored_dtype}: only F32, F16 and BF16 weights can be fused into"
         raise Refused(base.path, what, tensor=name)
     updates, rows = places.updates.get(name, []), places.rows.get(name)
-    for block in blocks(partial(read_blocks, base), updates, rows):
+    conv = any(u.layout == "conv" for u, _ in updates)
+    for block in blocks(partial(read_blocks, base, conv=conv), updates, rows):
         yield rounded(block, dtype, name, base)
 
 
@@ -87,11 +88,13 @@ def blocks(read: Read, updates: Sequence[Update], rows: Rows | None = None) -> I
         yield block
 
 
-def read_blocks(base: Tensor) -> Iterator[tuple[int, Any]]:
-    """(first row, float32 rows) of a stored weight; the buffer is used again."""
+def read_blocks(base: Tensor, *, conv: bool = False) -> Iterator[tuple[int, Any]]:
+    """(first row, float32 rows) of a stored weight; the buffer is used again.
+
+    Rows are those of the last axis; of a convolution (``conv``) all that makes one output.
+    """
     import numpy as np
 
-    conv = len(base.shape) > 2 and prod(base.shape[2:]) < base.shape[1]
     width = prod(base.shape[1:]) if conv or len(base.shape) < 2 else base.shape[-1]
     height = prod(base.shape) // width
     step = max(1, ROWS // width)

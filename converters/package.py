@@ -16,7 +16,7 @@ from typing import Any
 
 from loraduct import files
 from loraduct.account import Account
-from loraduct.converters.coreml_adapter import Store, beside_others, place, swap_of
+from loraduct.converters.coreml_adapter import Store, place, swap_of
 from loraduct.converters.neutral import neutral
 from loraduct.errors import Refused
 from loraduct.formats import peft_config
@@ -117,7 +117,7 @@ def put(
                 )
                 raise Refused(package.path, what)
             found["adapters"][part.name] = part.row
-        chains, swaps = _chains(package, store, report, name, parts)
+        chains, swaps = _chains(package, report, name, parts)
         for source, function in groups[name].items():
             made = edit.adapted(package, package.functions[source], chains, swaps)
             package.functions[function].CopyFrom(made)
@@ -273,7 +273,7 @@ def _resolved(
 
 
 def _chains(
-    package: Package, store: Store, report: Report, name: str, parts: Sequence[_Part]
+    package: Package, report: Report, name: str, parts: Sequence[_Part]
 ) -> tuple[dict[str, list[Chain]], list[Swap]]:
     """What is put behind each module. Raises Refused for sums that mean nothing."""
     chains: dict[str, list[Chain]] = {}
@@ -296,9 +296,7 @@ def _chains(
                 what = f"a scale of {exact:g}, which FLOAT16 can't hold"
                 raise Refused(package.path, f"{part.name}: {what}", tensor=module)
             worst = max(worst, (error, exact))
-            if len(parts) > 1:
-                p = beside_others(store, module, p)
-            one = Chain(f"{k}_{i}", p.a, p.b, scale, p.bias, p.magnitude, p.inverse, p.excess)
+            one = Chain(f"{k}_{i}", p.a, p.b, scale, p.bias, p.magnitude, p.inverse)
             chains.setdefault(module, []).append(one)
     if worst[0]:
         report.notes.append(

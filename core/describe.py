@@ -12,6 +12,7 @@ from typing import Any
 from loraduct import origin
 from loraduct.adapter import Adapter, kind_of
 from loraduct.modules import KINDS, block_of, kind_of_module
+from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several, size, table
 
 _TRAINING = (
@@ -29,6 +30,13 @@ _TRAINING = (
 _FORMATS = {"peft": "PEFT", "mlx": "MLX", "coreml": "Core ML", "packed": "Packed"}
 _CHECKPOINT = re.compile(r"\d{7}_adapters\.safetensors")
 _UNSAID = "base-precision-unknown"  # a trap of nearly every PEFT adapter: said in the base's line
+
+
+def _counting(adapter: Adapter, stored: list[Tensor]) -> list[Tensor]:
+    """The tensors whose numbers are parameters: what stands for them is fewer bytes in a packed file."""
+    return stored if adapter.container is None else [
+        t for u in adapter.updates.values() for t in u.tensors
+    ]  # fmt: skip
 
 
 def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
@@ -59,7 +67,7 @@ def describe(adapter: Adapter, *, tensors: bool = False) -> dict[str, Any]:
         "modules": len(updates),
         "targets": _targets(adapter),
         "replaced": _replaced(adapter),
-        "parameters": sum(math.prod(t.shape) for t in everything),
+        "parameters": sum(math.prod(t.shape) for t in _counting(adapter, everything)),
         "bytes": sum(t.nbytes for t in everything),
         "dtypes": dict(sorted(Counter(t.dtype for t in everything).items())),
         "extras": _extras(adapter),

@@ -17,8 +17,8 @@ from typing import Any
 
 from loraduct.adapter import Adapter
 from loraduct.errors import Refused
-from loraduct.formats import mlx, peft
-from loraduct.formats.json_file import parse_object
+from loraduct.formats import CONFIG, mlx, peft, peft_config
+from loraduct.formats.json_file import parse_object, read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.safetensors_file import read_header
 from loraduct.tensor import Tensor
@@ -29,8 +29,7 @@ KEY, VERSION = "packed", 1
 STREAM = "packed.indices"  # all indices, tensor after tensor, each from a byte's beginning
 NUMBERS = {"lut": "packed.tables", "int": "packed.scales"}  # kind -> the tensor beside them
 BITS = {"lut": (1, 2, 3, 4, 6, 8), "int": (4, 8)}
-LEAVES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B",
-          ".lora_a", ".lora_b")  # fmt: skip
+_SPARSE = 1024  # at most so many ranks per stored one: a small file must not ask for all memory
 READERS: dict[str, Callable[..., Adapter]] = {"peft": peft.interpreted, "mlx": mlx.interpreted}
 
 
@@ -100,15 +99,13 @@ def layout(source: str, kind: str, group: int, items: Mapping[str, Item]) -> str
     return json.dumps({**said, "layout": listed}, separators=(",", ":"))
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed adapter."""
-    return (folder / WEIGHTS).exists()
-
-
 def read(folder: Path, options: ReadOptions) -> Adapter:
     """The adapter in ``folder``: `format` and names are the source's, `container` is "packed"."""
     weights = options.weights or folder / WEIGHTS
     source, tensors, metadata = unpacked(weights)
+    config = folder / CONFIG
+    if source == "peft" and peft_config.kind_of(read_object(config), config) != "LORA":
+        raise Refused(config, "is not LoRA's, and only LoRA's tensors are packed")
     # factors were turned, and the padding that a record tells of may be part of that
     plain = replace(options, restore=False)
     found = READERS[source](folder, plain, weights, tensors, metadata)
@@ -141,9 +138,7 @@ def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
         if name in stored:
             raise Refused(weights, "is there twice, packed and plain", tensor=name)
         own = replace(stream, name=name, stored_shape=(item.nbytes,), offset=stream.offset + at)
-        table = replace(
-            numbers, stored_shape=(item.numbers,), offset=numbers.offset + 2 * beside
-        )
+        table = replace(numbers, stored_shape=(item.numbers,), offset=numbers.offset + 2 * beside)
         at, beside = at + item.nbytes, beside + item.numbers
         done[name] = Tensor(
             name, "F16", item.shape, make=partial(_made, item, own, table), inputs=(own,),
@@ -167,7 +162,7 @@ def _items(text: str | None, file: Path) -> tuple[str, dict[str, Item]]:
         shown = printable(repr(said.get("version")), 20)
         raise Refused(file, f"is packed by version {shown}; version {VERSION} is read")
     source, kind, group = said.get("source"), said.get("kind"), said.get("group")
-    if source not in READERS or kind not in NUMBERS or not _whole(group, 0):
+    if source not in READERS or kind not in NUMBERS or type(group) is not int or group < 0:
         what = f"source {source!r}, kind {kind!r}, group {group!r}"
         raise Refused(file, f"metadata key {KEY!r} says {printable(what, 200)}: not understood")
     listed = said.get("layout")
@@ -189,11 +184,16 @@ def _item(name: str, entry: Any, kind: str, group: int, file: Path) -> Item:
         and (len(entry) == 3 or (_whole(entry[3], 1) and entry[3] <= entry[1][entry[2]]))
     )
     if not sound:
-        raise Refused(file, f"its layout {printable(repr(entry), 80)} is not understood", tensor=name)
+        raise Refused(
+            file, f"its layout {printable(repr(entry), 80)} is not understood", tensor=name
+        )
     bits, shape, axis = entry[0], tuple(entry[1]), entry[2]
     item = Item(bits, shape, axis, entry[3] if len(entry) == 4 else shape[axis], group, kind)
-    if math.prod(shape) > 8 * item.nbytes // bits * shape[axis]:
-        raise Refused(file, f"shape {list(shape)} is more than its indices can fill", tensor=name)
+    if item.rows * _SPARSE < shape[axis]:
+        what = (
+            f"shape {list(shape)} with {item.rows} of its ranks stored is nothing that was trained"
+        )
+        raise Refused(file, what, tensor=name)
     if kind == "int" and group and item.columns % group:
         what = f"has {item.columns} columns, which groups of {group} don't divide"
         raise Refused(file, what, tensor=name)

@@ -17,7 +17,7 @@ from typing import Any
 from loraduct.adapter import Adapter, LowRank
 from loraduct.errors import LoraductError, MissingExtra, Refused
 from loraduct.files import write_file
-from loraduct.formats import CONFIG, json_file, mlx, peft, peft_keys
+from loraduct.formats import CONFIG, json_file, mlx, packed_adapter, peft, peft_keys
 from loraduct.formats.base import Base
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor

@@ -94,7 +94,8 @@ def _inner(
     """(the four sums of `_figures`, how many codes changed, how many numbers there are)."""
     import numpy as np
 
-    old, new = _Stored(before, name), _Stored(after, name)
+    conv = any(u.layout == "conv" for u, _ in updates)
+    old, new = (_Stored(base, name, conv=conv) for base in (before, after))
     if old.shape != new.shape:
         raise Refused(after.path, f"has shape {new.shape}, the base {old.shape}", tensor=name)
     sums, changed = np.zeros(4), 0
@@ -111,7 +112,7 @@ def _inner(
 class _Stored:
     """A weight as a base stores it, read as float64 rows, packed or not."""
 
-    def __init__(self, base: Base, name: str) -> None:
+    def __init__(self, base: Base, name: str, *, conv: bool = False) -> None:
         module = name.removesuffix(".weight")
         weight = base.weight_of(name)
         if weight is None:
@@ -131,7 +132,7 @@ class _Stored:
         elif weight.stored_dtype not in FLOATS:
             raise Refused(base.path, f"is stored as {weight.stored_dtype}", tensor=name)
         self.width = self.shape[-1]
-        if len(self.shape) == 3 and self.shape[-1] < self.shape[1]:  # a convolution's kernel
+        if conv:  # all that makes one output
             self.width = math.prod(self.shape[1:])
         self.height = math.prod(self.shape) // self.width
 

@@ -66,9 +66,7 @@ def command(
     """
     ways = (palettize, quantize, bits_per_weight, size)
     if sum(v is not None for v in ways) > 1:
-        raise click.UsageError(
-            "give one of --palettize, --quantize, --bits-per-weight and --size"
-        )
+        raise click.UsageError("give one of --palettize, --quantize, --bits-per-weight and --size")
     if all(v is None for v in (*ways, adapter_bits)):
         raise click.UsageError("how? --palettize 4, --quantize int8, --bits-per-weight or --size")
     if output is None and not plan:

@@ -4,8 +4,8 @@ A module's operation (``linear``, or ``gather`` of an embedding) is found by its
 is the module's. An adapter is a chain behind it: ``linear(x, A) -> mul(scale) -> linear(., B) -> add``.
 The operation's result is renamed, and the last of the chain takes the old name, so that what reads
 it stays as it is. Names of what is put in: a letter, which of the function's adapters, and which of
-its modules: ``A0_17``, ``B0_17`` (factors), ``D`` (bias), ``M`` (magnitude), ``N`` (1 / norm),
-``G`` (what DoRA's factor exceeds 1 by); ``x``, ``y``, ``z``, ... are values.
+its modules: ``A0_17``, ``B0_17`` (factors), ``D`` (bias), ``M`` (magnitude), ``N`` (1 / norm);
+``x``, ``y``, ``z``, ... are values.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Chain:
 
     a (r, in), of an embedding (tokens, r); b (out, r). LoRA adds u = scale * b a x; with ``bias``
     (out,) it adds scale * (b a x + bias). With ``magnitude`` m and ``inverse`` n (out,) it is DoRA:
-    (y + u) * n * m; beside other adapters ``excess`` n * m - 1 is used: y * excess + u * n * m.
+    (y + u) * n * m. Of several, each works on what those before it have made of y, as in PEFT
+    (peft 0.21.2 `lora/dora.py`): the order counts where DoRA is among them.
     """
 
     stem: str
@@ -69,7 +70,6 @@ class Chain:
     bias: Blob | None = None
     magnitude: Blob | None = None
     inverse: Blob | None = None
-    excess: Blob | None = None
 
 
 @dataclass(frozen=True)
@@ -257,19 +257,15 @@ class _Adder:
             del op.inputs["bias"]
         y = renamed(op, self._name(f"{module}_base"))
         self.taken.discard(module)
-        alone = len(chains) == 1
-        total = y
         for c in chains:
-            total = self._chain(c, x, like, shape, y, total, alone=alone)
+            y = self._chain(c, x, like, shape, y)
         if bias:
-            total = self.op("add", f"{module}_biased", shape, x=total, y=bias[0])
+            y = self.op("add", f"{module}_biased", shape, x=y, y=bias[0])
         last = self.operations[-1]
-        self.taken.discard(total)
+        self.taken.discard(y)
         renamed(last, self._name(module))
 
-    def _chain(
-        self, c: Chain, x: str, like: Any | None, shape: Shape, y: str, total: str, *, alone: bool
-    ) -> str:
+    def _chain(self, c: Chain, x: str, like: Any | None, shape: Shape, y: str) -> str:
         s = c.stem
         rank = c.a.shape[1] if like is not None else c.a.shape[0]
         inner = (*shape[:-1], rank)
@@ -288,18 +284,11 @@ class _Adder:
         if c.scale != 1 and late:
             u = self.op("mul", f"y{s}", shape, x=u, y=self.scale(c.scale))
         if c.magnitude is None or c.inverse is None:
-            return self.op("add", f"o{s}", shape, x=total, y=u)
+            return self.op("add", f"o{s}", shape, x=y, y=u)
         m, n = self.constant(f"M{s}", c.magnitude), self.constant(f"N{s}", c.inverse)
-        if alone:
-            u = self.op("add", f"u{s}", shape, x=y, y=u)
+        u = self.op("add", f"u{s}", shape, x=y, y=u)
         u = self.op("mul", f"n{s}", shape, x=u, y=n)
-        u = self.op("mul", f"m{s}", shape, x=u, y=m)
-        if alone:
-            return u
-        assert c.excess is not None
-        g = self.op("mul", f"g{s}", shape, x=y, y=self.constant(f"G{s}", c.excess))
-        g = self.op("add", f"p{s}", shape, x=total, y=g)
-        return self.op("add", f"o{s}", shape, x=g, y=u)
+        return self.op("mul", f"m{s}", shape, x=u, y=m)
 
     def _gather(self, like: Any, name: str, shape: Shape, a: str) -> str:
         """The embedding's lookup, in a."""

@@ -37,7 +37,6 @@ class Parts:
     bias: Blob | None = None
     magnitude: Blob | None = None
     inverse: Blob | None = None
-    excess: Blob | None = None
 
 
 def place_of(found: Record, name: str) -> tuple[str, int] | None:

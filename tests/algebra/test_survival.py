@@ -40,6 +40,11 @@ def bases(tmp_path_factory):
             plain = fusing.saved(name, folder / "plain", torch.float16)
             (plain / "tokenizer_config.json").write_text("{}")
             packed = folder / "packed"
+            if name == "qwen3_moe":  # mlx-lm reads old keys
+                theta = json.loads((plain / "config.json").read_text())["rope_parameters"][
+                    "rope_theta"
+                ]
+                fusing.edited(plain, num_experts=3, rope_theta=theta)
             _pack(plain, packed, bits, group, **more)
             made[key] = plain, packed
         return made[key]
@@ -281,3 +286,60 @@ def test_a_packed_copy_of_the_recorded_base_needs_a_flag(cli, bases, tmp_path):
     done = cli("fuse", carried, "--base", other, "-o", tmp_path / "no", "--allow-kin")
     assert done.exit_code == 1
     assert "sampled weights correlate" in done.stderr
+
+
+def test_experts_by_mlx_names(cli, bases, tmp_path):
+    """In 8 bits a large update of experts, which mlx-lm stacks, is there almost whole."""
+    plain, packed = bases("qwen3_moe", bits=8)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = fusing.trained(
+        plain, tmp_path / "a", target_modules=["q_proj"], target_parameters=targets
+    )
+    said = fused(cli, packed, adapter, tmp_path / "out")
+    names = {m["module"] for m in said["survival"]["modules"]}
+    assert "model.layers.1.mlp.switch_mlp.gate_proj.weight" in names
+    assert said["survival"]["cosine"] > 0.999
+    model, _ = load_model(tmp_path / "out")
+    found = np.array(model(mx.array(fusing.IDS.numpy()))[0].astype(mx.float32))
+    wanted = fusing.unfused(plain, (adapter, 1.0))
+    bare = fusing.logits(fusing.loaded(plain))
+    assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted - bare)
+
+
+def test_a_base_in_mlx_layout_that_is_not_packed(cli, bases, tmp_path):
+    from mlx_lm.utils import save_config, save_model
+
+    plain, _ = bases("qwen3_moe", bits=8)
+    model, config = load_model(plain)
+    base = tmp_path / "mlx"
+    base.mkdir()
+    save_model(base, model)
+    save_config(config, base / "config.json")
+    adapter = fusing.trained(
+        plain, tmp_path / "a", target_parameters=["mlp.experts.down_proj"], target_modules=[]
+    )
+    done = cli("fuse", adapter, "--base", base, "-o", tmp_path / "out", "--dtype", "f32")
+    assert done.exit_code == 0, done.stderr
+    found = load_model(tmp_path / "out")[0](mx.array(fusing.IDS.numpy()))[0]
+    wanted = fusing.unfused(plain, (adapter, 1.0))
+    assert np.abs(np.array(found.astype(mx.float32)) - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_convolutions_by_rows_of_their_outputs():
+    from functools import partial
+
+    from loraduct.adapter import LowRank
+    from loraduct.converters import fuse_stream
+    from loraduct.tensor import Tensor
+
+    rng = np.random.default_rng(1)
+
+    def held(*shape):
+        return Tensor("t", "F32", shape, data=rng.standard_normal(shape).astype(np.float32))
+
+    base, a, b = held(6, 5, 3), held(2, 5, 3), held(6, 2, 1)
+    u = LowRank(a, b, 0.5, layout="conv")
+    read = partial(fuse_stream.read_blocks, base, conv=True)
+    found = np.concatenate(list(fuse_stream.blocks(read, [(u, 2.0)]))).reshape(6, 5, 3)
+    wanted = base.data + np.einsum("or,rik->oik", b.data[:, :, 0], a.data)
+    assert np.allclose(found, wanted, atol=1e-6)

@@ -1,0 +1,242 @@
+"""A package written with other weights: streamed, checked, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraduct import files
+from loraduct.converters import compress_code as code
+from loraduct.converters.compress_plan import Plan, squared
+from loraduct.converters.compress_report import Report, Row
+from loraduct.converters.compress_sites import Weight, blocks_of, constant
+from loraduct.converters.package import size_of
+from loraduct.errors import Refused
+from loraduct.formats.coreml import edit, record
+from loraduct.formats.coreml.blob import Layout
+from loraduct.formats.coreml.constexpr import expanded, parts_of
+from loraduct.formats.coreml.package import Package, read
+
+THREADS = min(4, os.cpu_count() or 1)
+_NAN = float("nan")
+
+
+def values_of(package: Package, weight: Weight) -> Any:
+    """The tensor as it is stored; NaN and Inf are found where it is compressed."""
+    return package.blobs.array(weight.offset, weight.dtype, weight.shape, weight.name)
+
+
+class Encoder:
+    """Tensors compressed one after the other, while their bytes are asked for.
+
+    ``given``: the arguments of each, by offset, once it was its turn.
+    """
+
+    def __init__(
+        self, package: Package, chosen: Sequence[Weight], plan: Plan, form: str, layout: Layout
+    ) -> None:
+        self.package, self.plan, self.form, self.chosen = package, plan, form, chosen
+        self.norms: dict[int, float] = {}
+        self.errors: dict[int, float] = {}
+        self.digests: dict[int, int] = {}
+        self.given: dict[int, dict[str, Any]] = {}
+        self.now: dict[str, Any] = {}
+        items = ((w, plan.ways[w.offset], self._reader(w)) for w in chosen)
+        self.results = code.coded(items, THREADS)
+        for weight in chosen:
+            self._lay_out(weight, layout)
+
+    def _reader(self, weight: Weight) -> Callable[[], Any]:
+        def values() -> Any:
+            found = values_of(self.package, weight)
+            self.norms[weight.offset] = squared(found)
+            return found
+
+        return values
+
+    def _lay_out(self, weight: Weight, layout: Layout) -> None:
+        """Places of the arguments; their bytes come when the file is written."""
+        offsets: dict[str, int] = {}
+        arguments = code.arguments(weight, self.plan.ways[weight.offset], self.form)
+        for i, argument in enumerate(arguments):
+            if argument.count >= code.INLINE:
+                pieces = self._pieces(weight, argument, offsets, first=i == 0)
+                offsets[argument.key] = layout.add(argument.dtype, argument.count, pieces)
+
+    def _pieces(
+        self, weight: Weight, argument: code.Argument, offsets: dict[str, int], *, first: bool
+    ) -> Iterator[Any]:
+        if first:
+            self._next(weight, offsets)
+        yield from code.pieces(self.now.pop(argument.key), argument.dtype)
+
+    def _next(self, weight: Weight, offsets: dict[str, int]) -> None:
+        """The next tensor."""
+        self.now = {}  # the last one's codes go before this one's come
+        found = next(self.results)
+        at = weight.offset
+        self.digests[at], self.errors[at] = code.digest(found), found.error
+        self.now = code.values_of(found, weight, self.form)
+        self.given[at] = {
+            a.key: code.value(a, offsets.get(a.key), self.now.get(a.key))
+            for a in code.arguments(weight, self.plan.ways[at], self.form)
+        }
+
+
+def write(
+    package: Package,
+    found: dict[str, Any] | None,
+    held: Sequence[Weight],
+    plan: Plan,
+    form: str,
+    report: Report,
+) -> None:
+    """The new package, checked, in its place; and what became of each tensor, into the report."""
+    assert report.output is not None
+    layout = Layout()
+    kept = [o for o in edit.used_blobs(package) if o not in plan.ways]
+    moved = {o: layout.copy(package.blobs, o, "a weight") for o in kept}
+    encoder = Encoder(package, [w for w in held if w.offset in plan.ways], plan, form, layout)
+
+    def program() -> bytes:
+        for offset in plan.ways:  # their constants are about to go
+            moved[offset] = offset
+        edit.moved(package, moved)
+        _rewrite(package, encoder)
+        if found is not None:
+            found["weights"] = {"end": layout.end, "blobs": len(layout.parts)}
+            record.write(package.model, found)
+        return bytes(package.model.SerializeToString(deterministic=True))
+
+    with files.staged_folder(report.output) as stage:
+        try:
+            copied(package, stage, layout.chunks(), program)
+        except Refused as e:  # of a tensor
+            raise Refused(package.path, str(e)) from None
+        report.checked = _checked(stage, encoder)
+        report.after = size_of(stage)
+    report.rows = [_row(w, plan, form, encoder.errors, encoder.norms) for w in held]
+
+
+def _row(
+    weight: Weight,
+    plan: Plan,
+    form: str,
+    errors: Mapping[int, float],
+    norms: Mapping[int, float],
+) -> Row:
+    way, at = plan.ways.get(weight.offset), weight.offset
+    return Row(
+        weight.name, weight.group, weight.shape, code.stored_bytes(weight, None, form),
+        code.stored_bytes(weight, way, form), str(way) if way else None, weight.reason,
+        errors.get(at, _NAN), norms.get(at, _NAN),
+    )  # fmt: skip
+
+
+def planned(held: Sequence[Weight], plan: Plan, form: str) -> list[Row]:
+    """What would become of each tensor, with the errors that were estimated."""
+    errors = {at: plan.errors[at][way.bits] for at, way in plan.ways.items() if at in plan.errors}
+    return [_row(w, plan, form, errors, plan.norms) for w in held]
+
+
+def _rewrite(package: Package, encoder: Encoder) -> None:
+    """Each constant's operations in its place, in every block."""
+    of_op = {_key(op): w for w in encoder.chosen for op in w.ops}
+    for _, block in blocks_of(package):
+        _rewrite_block(block, encoder, of_op)
+
+
+def _key(op: Any) -> tuple[str, int]:
+    return op.outputs[0].name, op.attributes["val"].blobFileValue.offset
+
+
+def _rewrite_block(block: Any, encoder: Encoder, of_op: Mapping[tuple[str, int], Weight]) -> None:
+    operations: list[Any] = []
+    for op in block.operations:
+        for inner in op.blocks:
+            _rewrite_block(inner, encoder, of_op)
+        weight = of_op.get(_key(op)) if constant(op) else None
+        if weight is None:
+            operations.append(op)
+            continue
+        at = weight.offset
+        way = encoder.plan.ways[at]
+        operations += code.rewritten(op, weight, way, encoder.form, encoder.given[at])
+    replaced(block, operations)
+
+
+def replaced(block: Any, operations: Sequence[Any]) -> None:
+    """Other operations of a block."""
+    fresh = [type(op).FromString(op.SerializeToString()) for op in operations]
+    del block.operations[:]
+    block.operations.extend(fresh)
+
+
+def copied(
+    package: Package, stage: Path, weights: Iterable[Any], program: Callable[[], bytes]
+) -> None:
+    """A package's files, with other weights and then another program. Links are refused."""
+    folder = files.resolved(package.path)
+    spec = files.resolved(package.spec_path).relative_to(folder)
+    blobs = files.resolved(package.weight_path(edit.FILE)).relative_to(folder)
+    items = sorted(folder.rglob("*"))
+    for item in items:
+        if item.is_symlink():
+            raise Refused(item, "is a symbolic link; copy the package without links first")
+        if item.is_dir():
+            files.make_folder(stage / item.relative_to(folder))
+    if not (stage / blobs).parent.exists():
+        files.make_folder((stage / blobs).parent)
+    files.write_file(stage / blobs, weights)
+    files.write_file(stage / spec, [program()])
+    for item in items:
+        inner = item.relative_to(folder)
+        if not item.is_dir() and inner not in (spec, blobs):
+            files.write_file(stage / inner, files.file_chunks(item))
+    for inner in {spec.parent, blobs.parent}:
+        files.sync(stage / inner)
+
+
+def _checked(stage: Path, encoder: Encoder) -> int:
+    """Read every compressed tensor back. Raises Refused where one isn't what was meant."""
+    made = read(stage)
+    wanted = {op.outputs[0].name: w for w in encoder.chosen for op in w.ops}
+    seen: dict[int, bytes] = {}
+    for _, block in blocks_of(made):
+        by_name = {o.name: op for op in block.operations for o in op.outputs}
+        for name in by_name.keys() & wanted.keys():
+            op, weight = by_name[name], wanted[name]
+            if op.type == "const":
+                continue
+            told = arguments_of(op, by_name)
+            if seen.get(weight.offset) == told:
+                continue
+            values = expanded(made, op, by_name)
+            if zlib.crc32(values.reshape(-1).data) != encoder.digests[weight.offset]:
+                raise Refused(
+                    made.blobs.path, "was not read back as it was meant; nothing was written",
+                    tensor=name,
+                )  # fmt: skip
+            seen[weight.offset] = told
+    if missing := [w.name for w in encoder.chosen if w.offset not in seen]:
+        raise Refused(made.spec_path, "is not in the program that was written", tensor=missing[0])
+    return len(seen)
+
+
+def arguments_of(op: Any, by_name: Mapping[str, Any]) -> bytes:
+    """What an operation is given, names aside: equal ones stand for equal values."""
+    out = b""
+    for part in parts_of(op, by_name):
+        held = type(part)()
+        held.CopyFrom(part)
+        held.ClearField("outputs")
+        del held.attributes["name"]
+        for argument in held.inputs.values():
+            for binding in argument.arguments:
+                if binding.WhichOneof("binding") == "name":
+                    binding.name = ""
+        out += held.SerializeToString(deterministic=True)
+    return out
