@@ -189,6 +189,8 @@ def _check_wanted(target: Path, wanted: Wanted) -> None:
         "--adapter-bits": (wanted.adapter_bits, "is for packages; use --palettize"),
         "--per-channel-scale": (wanted.per_channel_scale, "is not for adapters: their ranks are"
                                 " balanced anyway"),
+        "--quantize": ((wanted.quantize or "").startswith("mlx"), "has int8 and int4"),
+        "--plain and --expanded": (wanted.plain or wanted.expanded, "are for bases"),
         "--group-size": (
             wanted.group_size and (wanted.bits_per_weight or wanted.size),
             "goes with --palettize or --quantize",

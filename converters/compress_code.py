@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,6 +139,17 @@ def coded(
         yield from _batch(batch, threads)
 
 
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items; the next one is made in another thread while one is worked on."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+            del item
+
+
 def _beside(batch: Sequence[tuple[Weight, Way, Any]], item: tuple[Weight, Way, Any]) -> bool:
     first, way = batch[0][:2]
     alike = item[1] == way and item[0].dtype == first.dtype and way.kind == "lut"
@@ -172,7 +184,7 @@ def digest(found: palette.Palette | quantize.Linear) -> int:
     for at in range(0, len(codes), step):
         part = _rows(found, at, min(at + step, len(codes)))
         expand = palette.expand if isinstance(part, palette.Palette) else quantize.expand
-        total = zlib.crc32(expand(part).data, total)  # type: ignore[operator]
+        total = zlib.crc32(expand(part).data, total)
     return total
 
 

@@ -97,7 +97,7 @@ def _planned(
             plan.errors, plan.norms = more.errors, more.norms
         return plan
     of_adapters = plans.fixed([w for w in held if w.group == ADAPTER], ways, form)
-    rest = report.before + sum(TEXT * len(w.ops) for w in held if w.reason is None)
+    rest = report.before + sum(TEXT * len(w.users) for w in held if w.reason is None)
     if package.functions:
         rest -= package.blobs.size
     for w in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from loraduct.errors import Refused
 from loraduct.formats.coreml.constexpr import is_compressed
 from loraduct.formats.coreml.edit import FILE, offsets_of
 from loraduct.formats.coreml.package import Package
-from loraduct.formats.coreml.program import type_of
+from loraduct.formats.coreml.program import blob_values, type_of
 from loraduct.tensor import Tensor
 from loraduct.text import printable
 
@@ -26,15 +27,15 @@ FORMS = {"CoreML6": OLD, "CoreML7": OLD, "CoreML8": NEW, "CoreML9": NEW}
 
 @dataclass
 class Weight:
-    """One blob. ``ops``: the constants that refer to it, of all functions, and their operations'
-    names; ``reason``: why it is left as it is."""
+    """One blob. ``users``: the constants that refer to it, (function, operation); ``reason``: why it
+    is left as it is."""
 
     offset: int
     name: str
     dtype: str
     shape: tuple[int, ...]
     group: str = BASE
-    ops: list[Any] = field(default_factory=list)
+    users: list[tuple[str, Any]] = field(default_factory=list)
     reason: str | None = None
 
     @property
@@ -81,22 +82,20 @@ def compressed_in(package: Package) -> int:
 def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) -> list[Weight]:
     """All constants in the weight file, in its order; with the reason where one is left as it is."""
     found: dict[int, Weight] = {}
-    elsewhere: dict[int, int] = {}
-    for _, block in blocks_of(package):
+    for function, block in blocks_of(package):
         for op in operations(block):
             one = constant(op)
             if one is None:
-                for value in _values(op):
-                    elsewhere[value.offset] = elsewhere.get(value.offset, 0) + 1
                 continue
             weight = found.setdefault(one.offset, one)
-            weight.ops.append(op)
+            weight.users.append((function, op))
             if (weight.dtype, weight.shape) != (one.dtype, one.shape):
                 weight.reason = "read as several shapes"
+    elsewhere = _elsewhere(package, found)
     adapters = _adapters_only(package, record)
     include, exclude = _pattern(wanted.include), _pattern(wanted.exclude)
     for weight in found.values():
-        names = [op.outputs[0].name for op in weight.ops]
+        names = list(dict.fromkeys(op.outputs[0].name for _, op in weight.users))
         weight.group = ADAPTER if weight.offset in adapters else BASE
         weight.reason = (
             weight.reason
@@ -126,13 +125,20 @@ def constant(op: Any) -> Weight | None:
     return Weight(value.blobFileValue.offset, op.outputs[0].name, dtype, sizes)
 
 
-def _values(op: Any) -> Iterator[Any]:
-    """What else of an operation lies in the weight file."""
-    held = [*op.attributes.values()]
-    held += [b.value for a in op.inputs.values() for b in a.arguments]
-    for value in held:
-        if value.WhichOneof("value") == "blobFileValue":
-            yield value.blobFileValue
+def _elsewhere(package: Package, found: Mapping[int, Weight]) -> set[int]:
+    """Offsets that something else than constants refers to. Counting references is quick."""
+    if references(package) == sum(len(w.users) for w in found.values()):
+        return set()
+    used: Counter[int] = Counter()
+    for _, block in blocks_of(package):
+        used.update(v.offset for v in blob_values(block) if v.fileName == FILE)
+    return {o for o, n in used.items() if o in found and n > len(found[o].users)}
+
+
+def references(package: Package) -> int:
+    """How often the program refers to the usual weight file."""
+    functions = package.functions.values()
+    return sum(f.SerializeToString().count(FILE.encode()) for f in functions)
 
 
 def _adapters_only(package: Package, record: Mapping[str, Any] | None) -> set[int]:

@@ -21,11 +21,13 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Wanted:
-    """One of ``palettize`` (bits), ``quantize`` (int8, int4), ``bits_per_weight``, ``size`` (bytes).
+    """One of ``palettize`` (bits), ``quantize`` (int8, int4; of bases
+    mlx2 to mlx8), ``bits_per_weight``, ``size`` (bytes).
 
     ``adapter_bits``: of the factors of adapters, which are left as they are without it.
     ``group_size``: channels per table; input channels per scale with ``quantize``. ``include``,
     ``exclude``: regular expressions, searched in the names of tensors. ``force``: replace ``output``.
+    Of bases alone: ``plain`` scales instead of searched ones, ``expanded`` weights.
     """
 
     palettize: int | None = None
@@ -35,6 +37,8 @@ class Wanted:
     adapter_bits: int | None = None
     group_size: int | None = None
     per_channel_scale: bool = False
+    plain: bool = False
+    expanded: bool = False
     include: str | None = None
     exclude: str | None = None
     force: bool = False

@@ -12,7 +12,7 @@ from loraduct import files
 from loraduct.converters import compress_code as code
 from loraduct.converters.compress_plan import Plan, squared
 from loraduct.converters.compress_report import Report, Row
-from loraduct.converters.compress_sites import Weight, blocks_of, constant
+from loraduct.converters.compress_sites import Weight, blocks_of, operations, references
 from loraduct.converters.package import size_of
 from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
@@ -45,7 +45,7 @@ class Encoder:
         self.given: dict[int, dict[str, Any]] = {}
         self.now: dict[str, Any] = {}
         items = ((w, plan.ways[w.offset], self._reader(w)) for w in chosen)
-        self.results = code.coded(items, THREADS)
+        self.results = code.ahead(code.coded(items, THREADS))
         for weight in chosen:
             self._lay_out(weight, layout)
 
@@ -102,9 +102,7 @@ def write(
     encoder = Encoder(package, [w for w in held if w.offset in plan.ways], plan, form, layout)
 
     def program() -> bytes:
-        for offset in plan.ways:  # their constants are about to go
-            moved[offset] = offset
-        edit.moved(package, moved)
+        _move(package, held, moved)
         _rewrite(package, encoder)
         if found is not None:
             found["weights"] = {"end": layout.end, "blobs": len(layout.parts)}
@@ -142,30 +140,37 @@ def planned(held: Sequence[Weight], plan: Plan, form: str) -> list[Row]:
     return [_row(w, plan, form, errors, plan.norms) for w in held]
 
 
+def _move(package: Package, held: Sequence[Weight], moved: Mapping[int, int]) -> None:
+    """References to blobs that were copied as they are, to where they lie now."""
+    if references(package) > sum(len(w.users) for w in held):  # others than constants
+        edit.moved(package, {o: moved.get(o, o) for o in edit.used_blobs(package)})
+        return
+    for weight in held:
+        for _, op in weight.users:
+            if weight.offset in moved:
+                op.attributes["val"].blobFileValue.offset = moved[weight.offset]
+
+
 def _rewrite(package: Package, encoder: Encoder) -> None:
-    """Each constant's operations in its place, in every block."""
-    of_op = {_key(op): w for w in encoder.chosen for op in w.ops}
-    for _, block in blocks_of(package):
-        _rewrite_block(block, encoder, of_op)
-
-
-def _key(op: Any) -> tuple[str, int]:
-    return op.outputs[0].name, op.attributes["val"].blobFileValue.offset
-
-
-def _rewrite_block(block: Any, encoder: Encoder, of_op: Mapping[tuple[str, int], Weight]) -> None:
-    operations: list[Any] = []
-    for op in block.operations:
-        for inner in op.blocks:
-            _rewrite_block(inner, encoder, of_op)
-        weight = of_op.get(_key(op)) if constant(op) else None
-        if weight is None:
-            operations.append(op)
-            continue
+    """Each constant's operations in its place."""
+    before: dict[str, Any] = {}  # results of operations -> what goes before them
+    for weight in encoder.chosen:
         at = weight.offset
         way = encoder.plan.ways[at]
-        operations += code.rewritten(op, weight, way, encoder.form, encoder.given[at])
-    replaced(block, operations)
+        for function, op in weight.users:
+            *first, last = code.rewritten(op, weight, way, encoder.form, encoder.given[at])
+            op.CopyFrom(last)
+            if first:
+                before[f"{function}:{op.outputs[0].name}"] = first
+    if not before:
+        return
+    for function, block in blocks_of(package):
+        for inner in (block, *(b for op in operations(block) for b in op.blocks)):
+            made: list[Any] = []
+            for op in inner.operations:
+                key = f"{function}:{op.outputs[0].name}" if op.outputs else ""
+                made += [*before.get(key, ()), op]
+            replaced(inner, made)
 
 
 def replaced(block: Any, operations: Sequence[Any]) -> None:
@@ -203,13 +208,13 @@ def copied(
 def _checked(stage: Path, encoder: Encoder) -> int:
     """Read every compressed tensor back. Raises Refused where one isn't what was meant."""
     made = read(stage)
-    wanted = {op.outputs[0].name: w for w in encoder.chosen for op in w.ops}
+    wanted = {(f, op.outputs[0].name): w for w in encoder.chosen for f, op in w.users}
     seen: dict[int, bytes] = {}
-    for _, block in blocks_of(made):
-        by_name = {o.name: op for op in block.operations for o in op.outputs}
-        for name in by_name.keys() & wanted.keys():
-            op, weight = by_name[name], wanted[name]
-            if op.type == "const":
+    for function, block in blocks_of(made):
+        by_name = {o.name: op for op in operations(block) for o in op.outputs}
+        for name, op in by_name.items():
+            weight = wanted.get((function, name))
+            if weight is None or op.type == "const":
                 continue
             told = arguments_of(op, by_name)
             if seen.get(weight.offset) == told:

@@ -1,9 +1,8 @@
 """A weight with adapters fused into it: float32 throughout, one rounding to the stored dtype.
 
-LoRA: W + sum of w_i s_i B_i A_i. DoRA (arXiv 2402.09353; PEFT's ``lora/dora.py``): each row of
-W + s B A scaled to the length its magnitude says. Several adapters add what each of them changes
-of the base alone. (PEFT agrees for LoRA; its DoRA rescales what adapters before it have added too,
-so that there the order counts.)
+LoRA: W + sum of w_i s_i B_i A_i. DoRA (arXiv 2402.09353; PEFT's ``lora/dora.py``): multiplied row by
+row by m / ||W + s B A||, where W is the base's. Of several adapters each works on what those before
+it have made, as PEFT runs them: where DoRA is among them, the order counts.
 """
 
 from __future__ import annotations
@@ -102,16 +101,13 @@ def fuse(weight: Any, updates: Sequence[tuple[LowRank, float]]) -> Any:
     """``weight`` (float32, changed in place unless DoRA is among them) with the updates in it."""
     import numpy as np
 
-    plain = [(u, w) for u, w in updates if u.magnitude is None]
-    dora = [u for u, _ in updates if u.magnitude is not None]
-    lengthened = [dora_weight(weight, u) for u in dora]
-    if len(dora) == 1 and not plain:
-        return lengthened[0]
-    total = weight if not dora else weight.copy()
-    for u, w in plain:
-        total += delta(u, w)
-    for one in lengthened:
-        total += one - weight
+    dora = any(u.magnitude is not None for u, _ in updates)
+    total = weight.copy() if dora else weight
+    for u, w in updates:
+        change = delta(u, w)
+        total += change
+        if u.magnitude is not None:
+            total *= dora_factor(weight + change, u)
     return np.asarray(total, np.float32)
 
 
@@ -126,16 +122,14 @@ def delta(u: LowRank, weight: float = 1.0) -> Any:
     return scale * ((b @ a).T if u.layout == "embedding" else b @ a)
 
 
-def dora_weight(weight: Any, u: LowRank) -> Any:
-    """m * (W + dW) / ||W + dW|| in float32; the lengths are of rows, of an embedding's columns.
+def dora_factor(moved: Any, u: LowRank) -> Any:
+    """m / ||W + dW|| in float32; the lengths are of rows, of an embedding's columns.
 
     PEFT keeps the magnitude of a linear layer per output and of an embedding per hidden value.
     """
     import numpy as np
 
     assert u.magnitude is not None
-    moved = weight + delta(u)
     axis = 0 if u.layout == "embedding" else tuple(range(1, moved.ndim))
     length = np.sqrt(np.sum(np.square(moved, dtype=np.float64), axis=axis, keepdims=True))
-    magnitude = u.magnitude.read().reshape(length.shape)
-    return np.asarray(moved * (magnitude / length), np.float32)
+    return (u.magnitude.read().reshape(length.shape) / length).astype(np.float32)

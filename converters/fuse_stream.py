@@ -72,20 +72,26 @@ def blocks(read: Read, updates: Sequence[Update], rows: Rows | None = None) -> I
     A weight of more than two axes is seen as a matrix of all rows (experts), or of one row for each
     output (convolutions). Each block holds until the next.
     """
-    plain = [rows_of(u, w) for u, w in updates if u.magnitude is None]
-    dora = [lengthened(read, u) for u, _ in updates if u.magnitude is not None]
+    dora = any(u.magnitude is not None for u, _ in updates)
+    steps = [_step(read, u, w) for u, w in updates]
     for start, block in read():
         before = block.copy() if dora else block
-        for delta in plain:
-            block += delta(start, len(block))
-        if len(dora) == 1 and not plain:
-            block = dora[0](start, before)
-        else:
-            for moved in dora:  # each adds what it changes of the base alone
-                block += moved(start, before) - before
+        for step in steps:
+            delta, factor = step(start, before)
+            block += delta
+            if factor is not None:
+                block *= factor
         if rows is not None:
             put_rows(block, start, rows)
         yield block
+
+
+def _step(read: Read, u: LowRank, weight: float) -> Callable[[int, Any], tuple[Any, Any]]:
+    """(first row, rows of the base) -> what is added to them, and by what the sum is multiplied."""
+    if u.magnitude is not None:
+        return lengthened(read, u)
+    delta = rows_of(u, weight)
+    return lambda start, block: (delta(start, len(block)), None)
 
 
 def read_blocks(base: Tensor, *, conv: bool = False) -> Iterator[tuple[int, Any]]:
@@ -139,8 +145,8 @@ def _rows_of_experts(a: Any, b: Any, start: int, count: int) -> Any:
     return np.concatenate(parts)
 
 
-def lengthened(read: Read, u: LowRank) -> Callable[[int, Any], Any]:
-    """DoRA: (first row, rows of the base) -> those rows of m * (W + dW) / ||W + dW||.
+def lengthened(read: Read, u: LowRank) -> Callable[[int, Any], tuple[Any, Any]]:
+    """DoRA: (first row, rows of the base W) -> those rows of dW, and of m / ||W + dW||.
 
     Lengths are of rows; of an embedding, and of weights stored (in, out), of columns: that takes a
     pass over the weight before the first row is known.
@@ -155,12 +161,12 @@ def lengthened(read: Read, u: LowRank) -> Callable[[int, Any], Any]:
             moved = block + delta(start, len(block))
             squares += np.einsum("ij,ij->j", moved, moved, dtype=np.float64)
         factor = (magnitude / np.sqrt(squares)).astype(np.float32)
-        return lambda start, block: (block + delta(start, len(block))) * factor
+        return lambda start, block: (delta(start, len(block)), factor)
 
-    def rows(start: int, block: Any) -> Any:
-        moved = block + delta(start, len(block))
+    def rows(start: int, block: Any) -> tuple[Any, Any]:
+        change = delta(start, len(block))
+        moved = block + change
         length = np.sqrt(np.einsum("ij,ij->i", moved, moved, dtype=np.float64))
-        moved *= (magnitude[start : start + len(block)] / length).astype(np.float32)[:, None]
-        return moved
+        return change, (magnitude[start : start + len(block)] / length).astype(np.float32)[:, None]
 
     return rows

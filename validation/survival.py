@@ -175,19 +175,18 @@ def _delta_rows(
     """Those rows of what the updates change, float64."""
     import numpy as np
 
-    total = np.zeros_like(w)
-    for u, weight in updates:
+    total = w.copy()
+    for u, weight in updates:  # each on what those before it have made, as PEFT runs them
         delta = weight * u.scale * _product(u, first, len(w))
+        total += delta
         if u.magnitude is not None:
-            moved = w + delta
             m = u.magnitude.read().astype(np.float64).reshape(-1)
             if u.layout == "embedding":
-                delta = moved * (m / _column_lengths(stored, u)) - w
+                total *= m / _column_lengths(stored, u)
             else:
                 part = m[first : first + len(w)]
-                delta = moved * (part / np.linalg.norm(moved, axis=1))[:, None] - w
-        total += delta
-    return total
+                total *= (part / np.linalg.norm(w + delta, axis=1))[:, None]
+    return total - w
 
 
 def _product(u: LowRank, first: int, count: int) -> Any:

@@ -26,7 +26,9 @@ KINDS = {
     help="Indices of 1, 2, 3, 4, 6 or 8 bits into tables of values.",
 )  # fmt: skip
 @click.option(
-    "--quantize", type=click.Choice(["int8", "int4"]), help="Integers times a scale per channel."
+    "--quantize",
+    type=click.Choice(["int8", "int4", "mlx2", "mlx3", "mlx4", "mlx5", "mlx6", "mlx8"]),
+    help="Integers times a scale per channel; of a base's folder, packed for mlx-lm.",
 )
 @click.option(
     "--bits-per-weight", type=click.FloatRange(0, 16, min_open=True),
@@ -39,6 +41,10 @@ KINDS = {
     help="Channels per table; with --quantize, input channels per scale.",
 )  # fmt: skip
 @click.option("--per-channel-scale", is_flag=True, help="Scale channels before they share a table.")
+@click.option("--plain", is_flag=True, help="Of a base: scales as mx.quantize has them.")
+@click.option(
+    "--expanded", is_flag=True, help="Of a base: a copy with the values that would be read back."
+)
 @click.option("--include", metavar="REGEX", help="Only tensors whose name it is found in.")
 @click.option("--exclude", metavar="REGEX", help="No tensors whose name it is found in.")
 @click.option("--plan", is_flag=True, help="Show widths, bytes and errors; write nothing.")
@@ -54,6 +60,8 @@ def command(
     adapter_bits: int | None,
     group_size: int | None,
     per_channel_scale: bool,
+    plain: bool,
+    expanded: bool,
     include: str | None,
     exclude: str | None,
     plan: bool,
@@ -83,6 +91,8 @@ def command(
         adapter_bits=adapter_bits,
         group_size=group_size,
         per_channel_scale=per_channel_scale,
+        plain=plain,
+        expanded=expanded,
         include=include,
         exclude=exclude,
         force=force,

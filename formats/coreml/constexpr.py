@@ -204,15 +204,13 @@ def _cast(source_val: Any, output_dtype: Any) -> Any:
     return source_val.astype(np.float32)
 
 
-_STEPS: dict[str, Callable[..., Any]] = {
-    f"{PREFIX}{kind}": step
-    for kind, step in {
-        "affine_dequantize": _affine,
-        "blockwise_shift_scale": _blockwise,
-        "lut_to_dense": _lut,
-        "sparse_to_dense": _sparse,
-        "lut_to_sparse": _lut_sparse,
-        "sparse_blockwise_shift_scale": _blockwise_sparse,
-        "cast": _cast,
-    }.items()
+_KINDS: dict[str, Callable[..., Any]] = {
+    "affine_dequantize": _affine,
+    "blockwise_shift_scale": _blockwise,
+    "lut_to_dense": _lut,
+    "sparse_to_dense": _sparse,
+    "lut_to_sparse": _lut_sparse,
+    "sparse_blockwise_shift_scale": _blockwise_sparse,
+    "cast": _cast,
 }
+_STEPS = {f"{PREFIX}{kind}": step for kind, step in _KINDS.items()}

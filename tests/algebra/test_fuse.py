@@ -88,18 +88,22 @@ def test_weights_of_several(cli, bases, tmp_path):
     assert np.abs(fusing.logits(fusing.loaded(out)) - wanted).max() < 2e-5 * np.abs(wanted).max()
 
 
-def test_lora_beside_dora_each_act_on_the_base_alone(cli, bases, tmp_path):
+@pytest.mark.parametrize("turned", [False, True])
+def test_dora_multiplies_what_stands_before_it(cli, bases, tmp_path, turned):
+    """As in stock PEFT's forward pass; so the order counts. The length is of the base's own rows."""
     base = bases("llama")
     one = fusing.trained(base, tmp_path / "a", 1, target_modules=["q_proj"])
     two = fusing.trained(base, tmp_path / "b", 2, target_modules=["q_proj"], use_dora=True)
-    after = fusing.tensors(fused(cli, base, tmp_path / "out", f"{one}:0.5", two))
+    given = [two, f"{one}:0.5"] if turned else [f"{one}:0.5", two]
+    after = fusing.tensors(fused(cli, base, tmp_path / "out", *given))
     for module, (a, b) in fusing.factors(one).items():
         weight = fusing.tensors(base)[f"{module}.weight"].double().numpy()
         a2, b2 = fusing.factors(two)[module]
         m = fusing.tensors(two)[f"base_model.model.{module}.lora_magnitude_vector"].double().numpy()
         moved = weight + 1.5 * b2 @ a2
-        moved *= (m / np.linalg.norm(moved, axis=1))[:, None]
-        wanted = moved + 0.75 * b @ a
+        factor = (m / np.linalg.norm(moved, axis=1))[:, None]
+        plain = 0.75 * b @ a
+        wanted = moved * factor + plain if turned else (moved + plain) * factor
         assert np.abs(after[f"{module}.weight"].double().numpy() - wanted).max() < 1e-6
 
 

@@ -54,21 +54,6 @@ def save(made: Any, folder: Path, dtype: str = "float16", copies: Any = "auto") 
     return folder
 
 
-def summed(model: Any, parts: list[tuple[Any, float]]) -> Any:
-    """The model with the sum of what PEFT's own merging does to each weight."""
-    import torch
-
-    done = copy.deepcopy(model)
-    before = dict(model.named_parameters())
-    after = dict(done.named_parameters())
-    with torch.no_grad():
-        for made, weight in parts:
-            merged = copy.deepcopy(made).merge_and_unload()
-            for name, parameter in merged.named_parameters():
-                after[name].add_(weight * (parameter - before[name]))
-    return done
-
-
 def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
     """Name -> (dtype and shape, bytes), from the file's own header."""
     blob = (folder / "adapter_model.safetensors").read_bytes()

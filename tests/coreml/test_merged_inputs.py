@@ -96,6 +96,18 @@ def test_merged_with_weights(bases, tmp_path):
     assert families.off(families.run(path, ids), stock.logits(folder, both, ids)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_merged_with_dora_among_them(bases, tmp_path, turned):
+    """PEFT's DoRA multiplies what stands before it: the order counts, and is kept."""
+    model, folder = bases("llama")
+    one = stock.trained(model, tmp_path / "a", 1, target_modules=ALL)
+    two = stock.trained(model, tmp_path / "b", 2, target_modules=ALL, use_dora=True)
+    both = [(two, 1.0), (one, 0.5)] if turned else [(one, 0.5), (two, 1.0)]
+    ids = families.tokens(24)
+    path = merged(base_folder.read(folder), tmp_path / "x.mlpackage", *both)
+    assert families.off(families.run(path, ids), stock.logits(folder, both, ids)) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("case", "says"),
     [("dora", "is DoRA.*weight other than 1"), ("norms", "replaces this weight: weighted by 0.5")],

@@ -1,0 +1,75 @@
+"""What is said of a base that was compressed, and which of its tensors are meant."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loraduct.converters.compress_wanted import Wanted
+from loraduct.errors import Refused
+from loraduct.text import printable, size
+
+
+@dataclass
+class Outcome:
+    """What was compressed, or would be. ``errors``: relative Frobenius error by module."""
+
+    source: Path
+    output: Path | None
+    how: str
+    widths: dict[str, int | str]
+    before: int
+    after: int
+    weights: int  # numbers compressed
+    nbytes: int  # what they take
+    kept: dict[str, str]
+    errors: dict[str, float] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people."""
+        where = printable(str(self.output)) if self.output else "nothing written (--plan)"
+        each = 8 * self.nbytes / self.weights if self.weights else 0.0
+        out = [
+            f"{printable(str(self.source))} -> {where}: {size(self.before)} -> {size(self.after)}"
+            f" ({self.after / self.before:.3f}), {self.how}, {each:.2f} bits per weight"
+        ]
+        counts = Counter(str(w) for w in self.widths.values())
+        out += [f"  {n:>5} modules at {w} bits" for w, n in sorted(counts.items())]
+        worst = sorted(self.errors.items(), key=lambda kv: -kv[1])[:3]
+        out += [f"        error {e:.4f} {printable(n)}" for n, e in worst]
+        reasons = Counter(self.kept.values())
+        out += [f"  {n:>5} tensors as they were: {why}" for why, n in reasons.items()]
+        return [*out, *(f"  note: {n}" for n in self.notes)]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "source": str(self.source),
+            "output": str(self.output) if self.output else None,
+            "how": self.how,
+            "modules": {
+                n: {"bits": w, **({"error": self.errors[n]} if n in self.errors else {})}
+                for n, w in self.widths.items()
+            },
+            "kept": self.kept,
+            "bytes": {"before": self.before, "after": self.after},
+            "bits_per_weight": 8 * self.nbytes / self.weights if self.weights else 0.0,
+            "files": self.files,
+            "notes": list(self.notes),
+        }
+
+
+def selected(name: str, wanted: Wanted) -> bool:
+    """Whether --include and --exclude leave a tensor in."""
+    for regex, keep in ((wanted.include, True), (wanted.exclude, False)):
+        try:
+            if regex is not None and (re.search(regex, name) is not None) != keep:
+                return False
+        except re.error as e:
+            raise Refused(None, f"{printable(str(regex))!r}: {e}") from None
+    return True

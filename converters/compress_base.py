@@ -1,0 +1,307 @@
+"""A base model's folder with fewer bits: packed as MLX packs, or palettized and expanded again.
+
+Packed folders are what mlx-lm loads: ``weight``, ``scales`` and ``biases`` of every linear layer and
+of the embedding, and a ``quantization`` in the config that says the width of each. Nothing is renamed,
+so only architectures whose names are one in both libraries are packed; others are refused by name.
+Expanded folders are for evaluation: transformers' own, with the values that tables would give.
+
+Weights are read, packed and written some rows at a time (expanded ones: one tensor at a time).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraduct.architectures import table
+from loraduct.converters import bits, compress_expanded, fuse_packed, mlx_quantize
+from loraduct.converters.base_report import Outcome, selected
+from loraduct.converters.compress_wanted import Wanted
+from loraduct.converters.fuse_folder import check_base
+from loraduct.errors import Refused
+from loraduct.files import staged_folder
+from loraduct.formats import base as base_folder
+from loraduct.formats import companions, model_folder
+from loraduct.formats.base import HEADS, Base
+from loraduct.formats.model_folder import Stored, copied
+from loraduct.modules import pattern_of
+from loraduct.tensor import BITS, FLOATS, Tensor, as_float32
+from loraduct.text import printable, several
+
+GROUP = 64  # mlx-lm's own default
+_ROWS = 1 << 20  # numbers packed at once
+_SAMPLE = 1 << 16  # numbers of each weight by which widths are compared
+_SLACK = 4096  # bytes of headers and config that a size leaves room for, beside what was counted
+
+
+def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
+    """Write the base ``target`` packed for mlx-lm, or expanded, to ``output`` (None: only plan it)."""
+    _check_wanted(target, wanted)
+    base = base_folder.read(target)
+    if output is not None:
+        model_folder.check_target(output, [base.path], wanted.force)
+    check_base(base)
+    if base.quantization is not None:
+        raise Refused(base.path / "config.json", "is packed already; decompress it first")
+    made, outcome = (compress_expanded.planned if wanted.expanded else _packed)(base, wanted)
+    outcome.output = output
+    if output is not None:
+        tensors, config = made
+        with staged_folder(output) as stage:
+            outcome.files = model_folder.write(base, tensors, config, model_folder.SHARD, stage)
+        outcome.notes += tuple(companions.find(base.path)[1])
+    return outcome
+
+
+def decompress(target: Path, output: Path, *, force: bool) -> Outcome:
+    """Write a packed base's weights out, as the values that MLX computes with."""
+    base = base_folder.read(target)
+    model_folder.check_target(output, [base.path], force)
+    check_base(base)
+    held = fuse_packed.modules(base)
+    if not held:
+        raise Refused(base.path / "config.json", "is not packed: there is nothing to decompress")
+    tensors: dict[str, Stored] = {}
+    for name, tensor in base.tensors.items():
+        module, _, part = name.rpartition(".")
+        if module not in held:
+            tensors[name] = copied(tensor)
+        elif part == "weight":
+            m = held[module]
+            tensors[name] = Stored(m.scales.dtype, m.shape, partial(_unpacked, m))
+        elif part not in ("scales", "biases"):
+            tensors[name] = copied(tensor)
+    config = {k: v for k, v in base.config.items() if not k.startswith("quantization")}
+    with staged_folder(output) as stage:
+        files = model_folder.write(base, tensors, config, model_folder.SHARD, stage)
+    return Outcome(
+        target, output, "unpacked", dict.fromkeys(held, "16"), _bytes(base.tensors),
+        sum(t.nbytes for t in tensors.values()), sum(math.prod(m.shape) for m in held.values()),
+        sum(tensors[f"{n}.weight"].nbytes for n in held), {}, files=files,
+    )  # fmt: skip
+
+
+def _check_wanted(target: Path, wanted: Wanted) -> None:
+    odd = {
+        "--adapter-bits": wanted.adapter_bits,
+        "--per-channel-scale": wanted.per_channel_scale,
+        "--quantize mlx... with --expanded": wanted.expanded
+        and (wanted.quantize or "").startswith("mlx"),
+        "--palettize": wanted.palettize and not wanted.expanded,
+        "--quantize int8 or int4": (wanted.quantize or "").startswith("int")
+        and not wanted.expanded,
+    }
+    for option, given in odd.items():
+        if given:
+            raise Refused(
+                target, f"is a base: {option} is for packages; --quantize mlx4 packs it for mlx-lm,"
+                " --palettize with --expanded writes it with what tables would give",
+            )  # fmt: skip
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.stored_nbytes for t in tensors.values())
+
+
+def _packed(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
+    """What is written for mlx-lm, and what is said of it."""
+    group = wanted.group_size or GROUP
+    mode = "mlx" if wanted.plain else "optimal"
+    held, kept = _modules(base, group, wanted)
+    widths = _widths(base, held, kept, group, mode, wanted)
+    errors: dict[str, float] = {}
+    tensors: dict[str, Stored] = {}
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if module in widths and module != name:
+            tensors |= _Packing(module, tensor, widths[module], group, mode, errors).stored()
+        else:
+            tensors[name] = copied(tensor)
+    said = _quantization(widths, group)
+    config = {**base.config, "quantization": said, "quantization_config": said}
+    inner = sum(tensors[f"{m}.{p}"].nbytes for m in held for p in ("weight", "scales", "biases"))
+    outcome = Outcome(
+        base.path, None, f"MLX, groups of {group}, {'plain' if wanted.plain else 'optimal'} scales",
+        dict(widths), _bytes(base.tensors), sum(t.nbytes for t in tensors.values()),
+        sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
+    )  # fmt: skip
+    return (tensors, config), outcome
+
+
+def _modules(base: Base, group: int, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(weights to be packed by module, why the others are not). Raises Refused by architecture."""
+    known = table().get(base.architecture)
+    file = base.path / "config.json"
+    differ = [] if known is None else [
+        r.hf for r in known.by_hf.values() if r.how != "same" or r.mlx != (r.hf,)
+    ]  # fmt: skip
+    if known is None or differ or known.blocked:
+        why = f"names that differ in mlx-lm ({several([*differ, *known.blocked])})" if known else (
+            "no verified names in mlx-lm")  # fmt: skip
+        raise Refused(
+            file, f"is a {printable(base.model_type, 60)} model, which has {why}: convert it with"
+            " mlx_lm.convert -q",
+        )  # fmt: skip
+    found: dict[str, Tensor] = {}
+    kept: dict[str, str] = {}
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        idle = base.tied is not False and module.endswith(HEADS)
+        reasons = {
+            "no linear layer or embedding": module == name or pattern_of(module) not in known.equal,
+            "a head that is tied": idle,
+            "left out on request": not selected(name, wanted),
+            f"groups of {group} don't divide its rows": len(tensor.shape) != 2
+            or tensor.shape[1] % group != 0,
+        }
+        left = next((reason for reason, so in reasons.items() if so), None)
+        if left is not None:
+            kept[name] = left
+            continue
+        if tensor.stored_dtype not in FLOATS:
+            raise Refused(tensor.path, f"is {tensor.stored_dtype}, expected floats", tensor=name)
+        found[module] = tensor
+    if not found:
+        raise Refused(base.path, "holds no weight that can be packed")
+    return found, kept
+
+
+def _quantization(widths: Mapping[str, int], group: int) -> dict[str, Any]:
+    """mlx-lm's settings: the commonest width for all, and the modules with another."""
+    usual = Counter(widths.values()).most_common(1)[0][0]
+    own = {m: {"group_size": group, "bits": w} for m, w in widths.items() if w != usual}
+    return {"group_size": group, "bits": usual, "mode": "affine", **own}
+
+
+def _nbytes(tensor: Tensor, width: int, group: int) -> int:
+    """Of the packed weight, scales and biases."""
+    count = math.prod(tensor.shape)
+    return count * width // 8 + 2 * (count // group) * BITS[tensor.dtype] // 8
+
+
+def _widths(
+    base: Base,
+    held: Mapping[str, Tensor],
+    kept: Mapping[str, str],
+    group: int,
+    mode: str,
+    wanted: Wanted,
+) -> dict[str, int]:
+    """Bits of each module: one width, or the plan of the least error.
+
+    Errors are estimated on evenly spread rows, and count relative to the weight's mean square: layers
+    stand behind norms, so what a layer's size is says little of what its errors do.
+    """
+    if wanted.quantize:
+        return dict.fromkeys(held, int(wanted.quantize.removeprefix("mlx")))
+    choices, count = {}, {m: math.prod(t.shape) for m, t in held.items()}
+    for module, tensor in held.items():
+        rows = sample(tensor)
+        square = float((as_float32(rows, tensor.dtype).astype("float64") ** 2).mean()) or 1.0
+        choices[module] = [
+            bits.Choice(
+                w, _nbytes(tensor, w, group),
+                _lost(rows, tensor, w, group, mode) / rows.size / square * count[module],
+            )
+            for w in mlx_quantize.BITS
+        ]  # fmt: skip
+    if wanted.size is not None:
+        fixed = sum(base.tensors[n].stored_nbytes for n in kept)
+        room = wanted.size - fixed - _SLACK - 400 * len(held)
+    else:
+        room = bits.size_of(count, wanted.bits_per_weight or 0)
+    return {m: int(w) for m, w in bits.plan(choices, room).widths.items()}
+
+
+def sample(tensor: Tensor) -> Any:
+    """Evenly spread rows as they are stored, about _SAMPLE numbers."""
+    import numpy as np
+
+    height, width = tensor.shape
+    few = max(1, min(height, _SAMPLE // width))
+    starts = np.linspace(0, height - 1, few).astype(int)
+    return np.concatenate([tensor.rows(int(at), int(at) + 1) for at in starts])
+
+
+def _lost(rows: Any, tensor: Tensor, width: int, group: int, mode: str) -> float:
+    """The squared error of some rows."""
+    import numpy as np
+
+    bf16 = tensor.dtype == "BF16"
+    p = mlx_quantize.quantize(rows, width, group, mode=mode, bf16=bf16, name=tensor.name)
+    gap = mlx_quantize.dequantize(p).astype(np.float64) - as_float32(rows, tensor.dtype)
+    return float(np.vdot(gap, gap))
+
+
+@dataclass
+class _Packing:
+    """One module being packed: the weight is computed as it is written, and what goes with it kept."""
+
+    module: str
+    tensor: Tensor
+    width: int
+    group: int
+    mode: str
+    errors: dict[str, float]
+    beside: dict[str, list[Any]] = field(default_factory=dict)
+
+    def stored(self) -> dict[str, Stored]:
+        """The three tensors, in the order in which they must be written."""
+        high, wide = self.tensor.shape
+        dtype, groups = self.tensor.dtype, (high, wide // self.group)
+        return {
+            f"{self.module}.weight": Stored("U32", (high, wide * self.width // 32), self._weight),
+            f"{self.module}.scales": Stored(dtype, groups, partial(self._kept, "scales")),
+            f"{self.module}.biases": Stored(dtype, groups, partial(self._kept, "biases")),
+        }
+
+    def _weight(self) -> Iterator[Any]:
+        import numpy as np
+
+        high, wide = self.tensor.shape
+        step = max(1, _ROWS // wide)
+        self.beside = {"scales": [], "biases": []}
+        error = norm = 0.0
+        for start in range(0, high, step):
+            rows = self.tensor.rows(start, min(start + step, high))
+            bf16 = self.tensor.dtype == "BF16"
+            p = mlx_quantize.quantize(
+                rows, self.width, self.group, mode=self.mode, bf16=bf16, name=self.tensor.name
+            )
+            before = as_float32(rows, self.tensor.dtype)
+            gap = mlx_quantize.dequantize(p).astype(np.float32) - before
+            error += float(np.vdot(gap, gap))
+            norm += float(np.vdot(before, before))
+            self.beside["scales"].append(p.scales)
+            self.beside["biases"].append(p.biases)
+            yield np.ascontiguousarray(p.weight)
+        self.errors[self.module] = math.sqrt(error / norm) if norm else 0.0
+
+    def _kept(self, part: str) -> Iterator[Any]:
+        import numpy as np
+
+        for block in self.beside.pop(part):
+            kind = np.uint16 if block.dtype.itemsize == 2 else np.float32
+            yield np.ascontiguousarray(block).view(kind)
+
+
+def _unpacked(m: fuse_packed.Module) -> Iterator[Any]:
+    import ml_dtypes
+    import numpy as np
+
+    kinds = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+    high = math.prod(m.shape[:-1])
+    flat = [t if len(t.shape) == 2 else None for t in (m.weight, m.scales, m.biases)]
+    step = max(1, _ROWS // m.shape[-1])
+    for start in range(0, high, step):
+        span = (start, min(start + step, high))
+        parts: Sequence[Any] = [t.rows(*span) for t in flat if t is not None]
+        kind = kinds[m.scales.dtype]
+        scales, biases = (np.ascontiguousarray(p).view(kind) for p in parts[1:])
+        packed = mlx_quantize.Packed(parts[0], scales, biases, m.now.bits, m.now.group)
+        yield mlx_quantize.dequantize(packed)

@@ -1,0 +1,131 @@
+"""A base whose weights have the values that tables or integers would give, in the base's own dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from loraduct.converters import bits, palette, palettize, quantize
+from loraduct.converters.base_report import Outcome, selected
+from loraduct.converters.compress_wanted import Wanted
+from loraduct.converters.compressible import left_alone
+from loraduct.errors import Refused
+from loraduct.formats.base import Base
+from loraduct.formats.model_folder import Stored, copied
+from loraduct.tensor import FLOATS, Tensor, from_float
+
+_WIDTHS = (1, 2, 3, 4, 6, 8)
+
+
+def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
+    """What is written, and what is said of it."""
+    held, kept = _weights(base, wanted)
+    ways = _ways(held, wanted)
+    errors: dict[str, float] = {}
+    tensors = {
+        n: Stored(t.dtype, t.shape, partial(_pieces, n, t, ways[n], errors))
+        if n in ways
+        else copied(t)
+        for n, t in base.tensors.items()
+    }
+    whole = sum(t.stored_nbytes for t in base.tensors.values())
+    inner = sum(w.nbytes(t) for w, t in ((ways[n], t) for n, t in held.items()))
+    rest = sum(base.tensors[n].stored_nbytes for n in kept)
+    outcome = Outcome(
+        base.path, None, "expanded: the size is what it would take", {n: w.name for n, w in ways.items()},
+        whole, inner + rest, sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
+    )  # fmt: skip
+    return (tensors, dict(base.config)), outcome
+
+
+@dataclass(frozen=True)
+class Way:
+    """Tables of ``bits`` (``kind`` lut) or integers (int); ``group``: channels, or 0."""
+
+    kind: str
+    bits: int
+    group: int = 0
+
+    @property
+    def name(self) -> int | str:
+        """For people."""
+        return self.bits if self.kind == "lut" else f"int{self.bits}"
+
+    def nbytes(self, tensor: Tensor) -> int:
+        """What it would take in Core ML."""
+        count, high = math.prod(tensor.shape), tensor.shape[0]
+        beside = -(-high // (self.group or high)) << (self.bits + 1)
+        if self.kind == "int":
+            beside = 2 * high * (count // high // self.group if self.group else 1)
+        return -(-count * self.bits // 8) + beside
+
+
+def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that are compressed, and why the others are not."""
+    found, kept = {}, {}
+    tied = base.tied is not False and base.embedding is not None
+    for name, tensor in base.tensors.items():
+        why = left_alone(name, tensor.shape)
+        if tied and name == base.stored_head:
+            why = "a head that is tied"
+        if not selected(name, wanted):
+            why = "left out on request"
+        if why is None and tensor.stored_dtype not in FLOATS:
+            why = f"{tensor.stored_dtype}, not floats"
+        if why is None:
+            found[name] = tensor
+        else:
+            kept[name] = why
+    if not found:
+        raise Refused(base.path, "holds no weight to compress")
+    return found, kept
+
+
+def _ways(held: dict[str, Tensor], wanted: Wanted) -> dict[str, Way]:
+    group = wanted.group_size or 0
+    if wanted.quantize:
+        return dict.fromkeys(held, Way("int", int(wanted.quantize.removeprefix("int")), group))
+    if wanted.palettize:
+        return dict.fromkeys(held, Way("lut", wanted.palettize, group))
+    count = {n: math.prod(t.shape) for n, t in held.items()}
+    choices = {}
+    for name, tensor in held.items():
+        lost = bits.estimates(_values(tensor), _WIDTHS, name=name)
+        square = float((_values(tensor).astype("float64") ** 2).mean()) or 1.0
+        choices[name] = [
+            bits.Choice(w, Way("lut", w, group).nbytes(tensor), e / square) for w, e in lost.items()
+        ]
+    room = wanted.size
+    if room is None:
+        room = bits.size_of(count, wanted.bits_per_weight or 0)
+    return {n: Way("lut", int(w), group) for n, w in bits.plan(choices, room).widths.items()}
+
+
+def _values(tensor: Tensor) -> Any:
+    """The weight as it is compressed: float16 as it is, all else as float32."""
+    import numpy as np
+
+    raw = tensor.raw()
+    return raw.view(np.float16) if tensor.dtype == "F16" else tensor.read()
+
+
+def _pieces(name: str, tensor: Tensor, way: Way, errors: dict[str, float]) -> Iterator[Any]:
+    import numpy as np
+
+    before = _values(tensor)
+    kind = "float16" if tensor.dtype == "F16" else "float32"
+    if way.kind == "int":
+        fine = "block" if way.group else "channel"
+        linear = quantize.Options(way.bits, granularity=fine, block=way.group or 32, scale=kind)
+        after = quantize.expand(quantize.quantize(before, linear, name=name))
+    else:
+        tables = palette.Options(way.bits, group=way.group, ragged=True, lut=kind)
+        after = palette.expand(palettize.palettize(before, tables, name=name))
+    raw = from_float(after, tensor.dtype)
+    wide = before.astype(np.float32)
+    norm = float(np.linalg.norm(wide))
+    errors[name] = float(np.linalg.norm(after.astype(np.float32) - wide)) / norm if norm else 0.0
+    yield np.ascontiguousarray(raw)
