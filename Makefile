@@ -9,6 +9,8 @@ FOLDERS := core formats converters validation
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
        $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# One process a core; threads of their own would only get into each other's way.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 # The editable install links single files (type checkers need that), so a new or renamed file
 # means linking again: its stamp is named after the list of files.
 LIST := $(shell find $(FOLDERS) -name '*.py' -o -name '*.json' | sort | cksum | tr ' ' -)
@@ -21,10 +23,11 @@ demo: setup
 	@$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not heavy"
+	$(PYTEST) -m "not heavy"
 
 heavy: setup
-	$(BIN)/python -m pytest -q -m heavy
+	@$(BIN)/python examples/base.py > /dev/null
+	$(PYTEST) -m heavy
 
 check: setup
 	$(BIN)/ruff check .

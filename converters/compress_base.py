@@ -35,7 +35,7 @@ from loraduct.text import printable, several
 
 GROUP = 64  # mlx-lm's own default
 _ROWS = 1 << 20  # numbers packed at once
-_SAMPLE = 1 << 16  # numbers of each weight by which widths are compared
+_SAMPLE = 1 << 14  # numbers of each weight by which widths are compared
 _SLACK = 4096  # bytes of headers and config that a size leaves room for, beside what was counted
 
 

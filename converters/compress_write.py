@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -209,23 +210,24 @@ def _checked(stage: Path, encoder: Encoder) -> int:
     """Read every compressed tensor back. Raises Refused where one isn't what was meant."""
     made = read(stage)
     wanted = {(f, op.outputs[0].name): w for w in encoder.chosen for f, op in w.users}
-    seen: dict[int, bytes] = {}
+    jobs: dict[tuple[int, bytes], tuple[Any, Mapping[str, Any]]] = {}
     for function, block in blocks_of(made):
         by_name = {o.name: op for op in operations(block) for o in op.outputs}
         for name, op in by_name.items():
             weight = wanted.get((function, name))
-            if weight is None or op.type == "const":
-                continue
-            told = arguments_of(op, by_name)
-            if seen.get(weight.offset) == told:
-                continue
-            values = expanded(made, op, by_name)
-            if zlib.crc32(values.reshape(-1).data) != encoder.digests[weight.offset]:
-                raise Refused(
-                    made.blobs.path, "was not read back as it was meant; nothing was written",
-                    tensor=name,
-                )  # fmt: skip
-            seen[weight.offset] = told
+            if weight is not None and op.type != "const":
+                jobs.setdefault((weight.offset, arguments_of(op, by_name)), (op, by_name))
+
+    def sum_of(job: tuple[Any, Mapping[str, Any]]) -> int:
+        return zlib.crc32(expanded(made, *job).reshape(-1).data)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for key, total in zip(jobs, pool.map(sum_of, jobs.values()), strict=True):
+            if total != encoder.digests[key[0]]:
+                name = jobs[key][0].outputs[0].name
+                what = "was not read back as it was meant; nothing was written"
+                raise Refused(made.blobs.path, what, tensor=name)
+    seen = {offset for offset, _ in jobs}
     if missing := [w.name for w in encoder.chosen if w.offset not in seen]:
         raise Refused(made.spec_path, "is not in the program that was written", tensor=missing[0])
     return len(seen)

@@ -222,7 +222,7 @@ def build(
         made["merged"] = [[a.path.name, weight] for a, weight in merged[1]]
     record.write(model, made)
     beside = {
-        f"{output.stem}.{n}.safetensors": arguments(adapters, decoder, first.inputs or {})
+        arguments_of(output, n): arguments(adapters, decoder, first.inputs or {})
         for n, adapters in (inputs or {}).items()
     }
     with written(output, model, layout.chunks()) as stage:
@@ -230,9 +230,19 @@ def build(
             then(stage)
     done = [output]
     for file, given in beside.items():
-        replace_file(output.parent / file, serialized(given, {"format": "coreml"}, {}))
-        done.append(output.parent / file)
+        replace_file(file, serialized(given, {"format": "coreml"}, {}))
+        done.append(file)
     return done + _tokenizer(base, output)
+
+
+def tokenizer_of(output: Path) -> Path:
+    """The folder beside a package that holds its tokenizer."""
+    return output.with_name(f"{output.stem}.tokenizer")
+
+
+def arguments_of(output: Path, name: str) -> Path:
+    """The file beside a package that holds an adapter as arguments."""
+    return output.with_name(f"{output.stem}.{name}.safetensors")
 
 
 def _tokenizer(base: Base, output: Path) -> list[Path]:
@@ -240,7 +250,7 @@ def _tokenizer(base: Base, output: Path) -> list[Path]:
     files = [f for f in find(base.path)[0] if f.name != "README.md"]
     if not any(f.name.startswith("tokenizer") for f in files):
         return []
-    target = output.with_name(f"{output.stem}.tokenizer")
+    target = tokenizer_of(output)
     with staged_folder(target) as stage:
         for file in files:
             write_file(stage / file.name, file_chunks(file))

@@ -22,7 +22,9 @@ from loraduct.modules import kind_of_module
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
-ABOVE_NOISE = 1.2  # a direction counts from this multiple of the noise's largest
+ABOVE_NOISE = (
+    1.5  # a direction counts from this multiple of the noise's largest; outliers reach 1.4
+)
 ARITHMETIC = 1e-6  # what float32 factors leave of any difference, relative
 EXPLAINED = 1.25  # a residual up to this multiple of rounding's own size is rounding
 FIRST_RANK = 12

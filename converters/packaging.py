@@ -8,11 +8,13 @@ from pathlib import Path
 
 from loraduct.adapter import Adapter
 from loraduct.converters import coreml
+from loraduct.converters.coreml import arguments_of, tokenizer_of
 from loraduct.converters.neutral import neutral
 from loraduct.converters.package import Member, Report, put
 from loraduct.errors import Refused
 from loraduct.formats import read
 from loraduct.formats.base import Base
+from loraduct.formats.companions import is_companion
 from loraduct.formats.coreml.package import SUFFIX, VALID_NAME, is_package
 from loraduct.formats.options import ReadOptions
 from loraduct.text import printable
@@ -44,6 +46,9 @@ def package(
     Raises Refused, with nothing written, for what can't be had exactly.
     """
     check_output(output, force)
+    names = [tokenizer_of(output).name]
+    names += [arguments_of(output, n).name for n in wanted] if how == INPUTS else []
+    check_beside([output.with_name(n) for n in names], force)
     done = Built()
     for name in wanted:
         if not VALID_NAME.match(name):
@@ -83,6 +88,19 @@ def check_output(output: Path, force: bool) -> None:
             raise Refused(output, "is there and is no package; nothing was changed")
         if not force:
             raise Refused(output, "is there; --force replaces it")
+
+
+def check_beside(paths: Sequence[Path], force: bool) -> None:
+    """Refuse to write over what is beside the package, and is not of an earlier one."""
+    for path in paths:
+        if not (path.exists() or path.is_symlink()):
+            continue
+        if path.is_symlink() or (
+            path.is_dir() and not all(is_companion(f.name) for f in path.iterdir())
+        ):
+            raise Refused(path, "is there and is not ours to replace; nothing was changed")
+        if not force:
+            raise Refused(path, "is there; --force replaces it")
 
 
 def _read(member: Member, base: Base, reading: ReadOptions | None) -> Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loraduct.adapter import Adapter
@@ -13,6 +13,7 @@ from loraduct.text import printable
 from loraduct.validation import half, runtimes
 from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.checks import Check
+from loraduct.validation.declared import BASE, declared, explains, tolerance
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
 from loraduct.validation.moved import as_they_are
 from loraduct.validation.structure import rope_trap
@@ -24,6 +25,11 @@ BASE_MISREAD = 1e-3  # base against base, relative to the largest logit: above, 
 PACKED = (
     "logits were not compared: the base is packed by mlx-lm, torch can't load it; give the unpacked"
     " base, or compare two MLX adapters"
+)
+
+
+ONE_COMPRESSED = (
+    "logits were not compared: give the source adapter, not two of packages; one is compressed"
 )
 
 
@@ -97,8 +103,15 @@ def _modules(
         where = "second" if name in one else "first"
         parity.add("modules", "failed", f"is not in the {where} adapter", name)
     shared = sorted(one.keys() & two.keys(), key=_order)
-    parity.deltas = [compare(n, one[n], two[n], base) for n in shared]
+    loose = max(tolerance(a) for a in (first, second))
+    parity.deltas = [_loosened(compare(n, one[n], two[n], base), loose) for n in shared]
     _judge(parity)
+
+
+def _loosened(delta: Delta, loose: float) -> Delta:
+    """With the bounds that a declared compression of the factors needs."""
+    bounds = max(delta.bound, loose), max(delta.gain_bound, loose)
+    return replace(delta, bound=bounds[0], gain_bound=bounds[1]) if loose else delta
 
 
 def _judge(parity: Parity) -> None:
@@ -159,7 +172,13 @@ def _logits(
         if not _finite(run.logits):
             parity.add("base", "failed", f"the bare base computes NaN or Inf in {kind}")
             return
-    if across and not _base_agrees(base, base_off, bare[kinds[0]].logits, parity):
+    packed = next((str(d[BASE]) for a in adapters if BASE in (d := declared(a))), None)
+    if packed and not across:
+        parity.add("logits", "skipped", f"{ONE_COMPRESSED} ({packed})")
+        return
+    if packed and not _compressed_base(packed, [bare[k].logits for k in kinds], parity):
+        return
+    if across and not packed and not _base_agrees(base, base_off, bare[kinds[0]].logits, parity):
         return
     runs = [_run(k, base, a, ids) for k, a in zip(kinds, adapters, strict=True)]
     if tokenizer is not None:
@@ -204,6 +223,7 @@ def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
     """
     dtypes = {t.dtype for a in adapters for u in a.updates.values() for t in u.tensors}
     coarsest = max((BOUNDS.get(d, 0.0) for d in dtypes), default=0.0)
+    coarsest = max([coarsest, *(tolerance(a) for a in adapters)])
     measured = max((d.rounding for d in parity.compared), default=0.0)
     return min(ROUNDING_FACTOR * measured, coarsest)
 
@@ -276,6 +296,20 @@ def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) 
     why = rope_trap(base) or "the runtimes disagree on the base model itself, not on the adapter"
     parity.add("base", "failed", f"bare bases differ by {off:.3g} in logits: {why}")
     return False
+
+
+def _compressed_base(packed: str, bare: Sequence[Sequence[Any]], parity: Parity) -> bool:
+    """What the declared compression does to the base, by which adapters are then measured."""
+    share = explains(list(bare[0]), list(bare[1]))
+    kl = sum(_kl(x, y) for x, y in zip(*bare, strict=True)) / len(bare[0])
+    off = parity.numbers["base_max_difference"]
+    parity.numbers |= {"compression": packed, "base_kl": kl, "base_relative_difference": share}
+    what = (
+        f"the package's is compressed ({packed}): alone it is off by {off:.3g} in logits, {share:.1%}"
+        f" of their size, KL {kl:.2g}: the yardstick for what follows"
+    )
+    parity.add("base", "passed" if share < 1 else "failed", what)
+    return share < 1
 
 
 def _finite(logits: Sequence[Any]) -> bool:

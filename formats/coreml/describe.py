@@ -177,7 +177,7 @@ def _adapters(
     for name in found["adapters"]:
         modules, replaced = parts_of(package, dict(found), name)
         blobs = [b for p in modules.values() for b in vars(p).values() if b is not None]
-        held[name] = {b.offset for b in (*blobs, *replaced.values())}
+        held[name] = set().union(*(b.offsets for b in (*blobs, *replaced.values())))
     users = Counter(o for offsets_ in held.values() for o in offsets_)
     done = []
     for name, row in found["adapters"].items():

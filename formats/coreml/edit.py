@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.files import read_bytes
+from loraduct.formats.coreml.constexpr import is_compressed
 from loraduct.formats.coreml.package import MODEL_PATH, SPEC_LIMIT, WEIGHT_FILE, Package
 from loraduct.formats.coreml.program import (
     Shape,
@@ -47,10 +48,18 @@ KINDS = {"linear": "linear", "embedding": "gather"}
 
 @dataclass(frozen=True)
 class Blob:
-    """A FLOAT16 tensor in the usual weight file."""
+    """A FLOAT16 tensor in the usual weight file. ``made``: the operation that gives it, where it is
+    compressed."""
 
     offset: int
     shape: tuple[int, ...]
+    made: Any = field(default=None, compare=False)
+
+    @property
+    def offsets(self) -> set[int]:
+        """All that it is made of in the weight file."""
+        more = None if self.made is None else _references(self.made.SerializeToString())
+        return {self.offset} | (more or set())
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,8 @@ class Ops:
     def blob(self, name: str) -> Blob:
         """The blob of a constant. Raises Refused where there is none, or no FLOAT16 one."""
         op = self.by_name.get(name)
+        if op is not None and is_compressed(op):
+            return _compressed(op)
         value = op.attributes["val"] if op is not None and op.type == "const" else None
         if value is None or value.WhichOneof("value") != "blobFileValue":
             raise Refused(
@@ -117,6 +128,12 @@ class Ops:
             what = f"is {dtype} in {printable(file, 80)}, a {HALF} in {FILE} is expected"
             raise Refused(self.package.spec_path, what, tensor=name)
         return Blob(value.blobFileValue.offset, tuple(s for s in shape if s is not None))
+
+
+def _compressed(op: Any) -> Blob:
+    _, shape = type_of(op.outputs[0].type)
+    held = _references(op.SerializeToString()) or {0}
+    return Blob(min(held), tuple(s or 0 for s in shape), op)
 
 
 def used_blobs(package: Package) -> dict[int, int]:
@@ -197,7 +214,7 @@ def adapted(
         done = block.operations.add()
         done.CopyFrom(op)
         if name in everywhere:  # whatever it was: a compressed one gives way too
-            done.CopyFrom(const(name, _value(everywhere[name])))
+            done.CopyFrom(_constant(name, everywhere[name]))
         if swap is not None:
             del done.inputs[swap.parameter].arguments[:]
             done.inputs[swap.parameter].arguments.add(name=swap.const)
@@ -207,8 +224,14 @@ def adapted(
     return made
 
 
-def _value(blob: Blob) -> Any:
-    return blob_value(HALF, blob.shape, blob.offset, FILE)
+def _constant(name: str, blob: Blob) -> Any:
+    """The operation that yields a blob."""
+    if blob.made is None:
+        return const(name, blob_value(HALF, blob.shape, blob.offset, FILE))
+    made = new("Operation")
+    made.CopyFrom(blob.made)
+    renamed(made, name)
+    return made
 
 
 class _Adder:
@@ -225,7 +248,7 @@ class _Adder:
         return name
 
     def constant(self, name: str, blob: Blob) -> str:
-        self.operations.append(const(self._name(name), _value(blob)))
+        self.operations.append(_constant(self._name(name), blob))
         return name
 
     def scale(self, value: float) -> str:

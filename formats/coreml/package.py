@@ -66,13 +66,12 @@ class Package:
 
     def blob_file(self, file_name: str) -> BlobFile:
         """A weight file by the name a program gives it; each is opened once."""
-        path = self.weight_path(file_name)
-        if path not in self._opened:
-            self._opened[path] = BlobFile(path)
-        return self._opened[path]
+        if file_name not in self._opened:
+            self._opened[file_name] = BlobFile(self.weight_path(file_name))
+        return self._opened[file_name]
 
     @cached_property
-    def _opened(self) -> dict[Path, BlobFile]:
+    def _opened(self) -> dict[str, BlobFile]:
         return {}
 
 

@@ -8,12 +8,14 @@ program with attributes of its own)::
      "functions": {function: {"adapters": [[name, weight], ...], "q": tokens per call or null}},
      "adapters": {name: {"method", "source", "config", "origin", "metadata", "base",
                          "modules": {module: {"rank", "scale", ...}}, "replaced": {parameter: {...}}}},
-     "weights": {"end": bytes, "blobs": count}}
+     "weights": {"end": bytes, "blobs": count},
+     "compression": {"base": how, "adapter": how}}
 
 ``adapters`` are those that a function uses; a row of ``modules`` also has, where they are not
 usual, ``layout``, ``dtypes`` before rounding, ``fold`` (b is stored times 2**fold) and ``extra``
 (which of magnitude and bias there are). ``weights`` is how much of the weight file belongs to
-this or an earlier program: what lies behind was left by a writer that was killed.
+this or an earlier program: what lies behind was left by a writer that was killed. ``compression``, where there was one: ``lut4``, ``int8``, ...,
+or ``lut`` for a width of each tensor's own.
 """
 
 from __future__ import annotations
@@ -128,6 +130,9 @@ def _wrong(value: Any, functions: Mapping[str, Any]) -> str | None:
     for name, one in adapters.items():
         if not _is_adapter(one):
             return f"adapter {printable(repr(name), 80)}"
+    told = value.get("compression", {})
+    if not isinstance(told, dict) or not all(isinstance(t, str) for t in told.values()):
+        return "compression"
     sound = isinstance(weights, dict) and all(_count(weights.get(k)) for k in ("end", "blobs"))
     return None if weights is None or sound else "weights"
 

@@ -16,6 +16,7 @@ from loraduct.adapter import Adapter, BaseRef, LowRank, Replacement, Update
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.base import Base
 from loraduct.formats.coreml import record
+from loraduct.formats.coreml.constexpr import expanded
 from loraduct.formats.coreml.edit import HALF, Blob, Ops
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.package import read as read_package
@@ -83,7 +84,10 @@ def parts_of(
 
 
 def tensor_of(package: Package, blob: Blob, name: str) -> Tensor:
-    """A blob as a lazy tensor."""
+    """A blob as a lazy tensor; of a compressed one, the values it stands for."""
+    if blob.made is not None:
+        values = expanded(package, blob.made, {})
+        return Tensor(name, "F16", blob.shape, data=values.view("u2"), path=package.blobs.path)
     return package.blobs.tensor(blob.offset, HALF, blob.shape, name)
 
 
@@ -123,6 +127,9 @@ def updates_of(package: Package, found: Record, name: str) -> dict[str, Update]:
 def named(package: Package, found: Record, wanted: str | None) -> str:
     """Which adapter is meant. Raises Refused with the names there are."""
     names = list(found["adapters"])
+    if not names and found.get("merged"):
+        how = f"`convert {printable(str(package.path), 200)} --to peft --base BASE` takes it out"
+        raise NotRecognised(package.path, f"has its adapter merged into the weights: {how}")
     if wanted is None and len(names) == 1:
         return str(names[0])
     if wanted is None or wanted not in names:
@@ -224,7 +231,7 @@ class PackageBase(Base):
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters in FLOAT16; one that is compressed has a shape, and no values."""
+        """Its parameters in FLOAT16; of one that is compressed, what it stands for."""
         found = {}
         for name in self.found["base"]["parameters"]:
             op = self.ops.by_name.get(mangled(name))
@@ -241,8 +248,8 @@ class PackageBase(Base):
         return found
 
     def _compressed(self, name: str) -> Any:
-        def refuse() -> Any:
-            what = "is compressed: what needs the base's weight (DoRA) must be added before compressing"
-            raise Refused(self.package.path, what, tensor=name)
+        def values() -> Any:
+            op = self.ops.by_name[mangled(name)]
+            return expanded(self.package, op, self.ops.by_name).astype("f2").view("u2")
 
-        return refuse
+        return values

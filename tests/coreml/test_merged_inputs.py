@@ -197,3 +197,74 @@ def test_extracted_from_what_was_merged(bases, tmp_path, rank):
         assert one_found.whole
         error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
         assert error < 2 * one_found.rounding
+
+
+def test_there_and_back_on_the_command_line(bases, tmp_path, cli):
+    """convert --to coreml, as a function and merged, and back to PEFT."""
+    from loraduct.converters.fuse import delta
+
+    model, folder = bases("llama")
+    one = stock.trained(model, tmp_path / "my-adapter", 1, target_modules=["q_proj", "up_proj"])
+    wanted = read(one).low_rank
+    for way in ([], ["--merged"]):
+        path = tmp_path / f"x{len(way)}.mlpackage"
+        made = cli("convert", one, "--to", "coreml", "--base", folder, "-o", path, *way)
+        assert made.exit_code == 0, made.output
+        source = path if way else f"{path}:my_adapter"
+        with_base = ["--base", folder] if way else []
+        back = cli(
+            "convert", source, "--to", "peft", "-o", tmp_path / f"back{len(way)}", *with_base
+        )
+        assert back.exit_code == 0, back.output
+        found = read(tmp_path / f"back{len(way)}").low_rank
+        assert found.keys() == wanted.keys()
+        for module, u in found.items():
+            a, b = delta(u), delta(wanted[module])
+            assert np.linalg.norm(a - b) <= (0.02 if way else 1e-7) * np.linalg.norm(b)
+    refused = cli("convert", tmp_path / "x1.mlpackage", "--to", "peft", "-o", tmp_path / "no")
+    assert refused.exit_code == 1
+    assert "give --base BASE" in refused.output
+    for wrong in (["--dtype", "f16"], ["--dry-run"], ["--uniform"]):
+        used = cli(
+            "convert",
+            one,
+            "--to",
+            "coreml",
+            "--base",
+            folder,
+            "-o",
+            tmp_path / "y.mlpackage",
+            *wrong,
+        )
+        assert used.exit_code == 2
+    same = cli("convert", tmp_path / "x0.mlpackage", "--to", "peft", "-o", tmp_path / "z")
+    assert same.exit_code == 0, same.output  # the only adapter needs no name
+
+
+def test_what_is_there_is_not_written_over(bases, tmp_path, cli):
+    model, folder = bases("llama")
+    one = stock.trained(model, tmp_path / "one", 1, target_modules=["q_proj"])
+    path, inputs = tmp_path / "x.mlpackage", ["--adapters", "inputs", "-a", f"one={one}"]
+
+    def build(*more):
+        return cli("package", "--base", folder, "-o", path, *more)
+
+    for given, kind in (("x.one.safetensors", inputs), ("x.mlpackage", [])):
+        (tmp_path / given).write_text("mine")
+        result = build(*kind)
+        assert result.exit_code == 1
+        assert (tmp_path / given).read_text() == "mine"
+        (tmp_path / given).unlink()
+    beside = tmp_path / "x.tokenizer"
+    beside.mkdir()
+    (beside / "diary.txt").write_text("mine")
+    for more in ([], ["--force"]):
+        result = build(*more)
+        assert result.exit_code == 1
+        assert "x.tokenizer" in result.output
+    assert not path.exists()
+    (beside / "diary.txt").unlink()
+    beside.rmdir()
+    assert build(*inputs).exit_code == 0
+    assert build(*inputs).exit_code == 1
+    assert build(*inputs, "--force").exit_code == 0

@@ -1,0 +1,299 @@
+"""Packed adapters: the doc's own reader, PEFT and mlx-lm against what compress wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def read_packed(repo: Path) -> Callable[[Path], dict[str, Any]]:
+    """The reader of docs/packed.md."""
+    code = re.search(r"```python\n(.*?)```", (repo / "docs/packed.md").read_text(), re.DOTALL)
+    assert code
+    assert len(code[1].strip().splitlines()) <= 25
+    names: dict[str, Any] = {}
+    exec(compile(code[1], "docs/packed.md", "exec"), names)  # noqa: S102
+    return lambda folder: names["read_packed"](folder / "adapter_packed.safetensors")
+
+
+def deltas(tensors: dict[str, Any]) -> dict[str, Any]:
+    """b a of each module of a PEFT file, float64."""
+    wide = {n: t.astype(np.float64) for n, t in tensors.items()}
+    return {n: wide[n.replace("lora_A", "lora_B")] @ a for n, a in wide.items() if ".lora_A." in n}
+
+
+def relative(before: dict[str, Any], after: dict[str, Any]) -> float:
+    lost = sum(((after[n] - d) ** 2).sum() for n, d in before.items())
+    return float(np.sqrt(lost / sum((d**2).sum() for d in before.values())))
+
+
+WAYS = [
+    ("--palettize", "4"), ("--palettize", "3", "--group-size", "3"), ("--palettize", "8"),
+    ("--quantize", "int8"), ("--quantize", "int4", "--group-size", "8"),
+    ("--bits-per-weight", "5.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("dora", [False, True])
+def test_decompress_gives_what_the_documented_reader_reads(
+    cli: Cli, peft_folder: Any, read_packed: Any, tmp_path: Path, way: tuple[str, ...], dora: bool
+) -> None:
+    source = peft_folder(use_dora=dora, bias="none")
+    done = cli("compress", source, "-o", tmp_path / "packed", *way, "--json")
+    assert done.exit_code == 0, done.output
+    assert cli("decompress", tmp_path / "packed", "-o", tmp_path / "back").exit_code == 0
+    before = load_file(source / "adapter_model.safetensors")
+    ours, theirs = load_file(tmp_path / "back/adapter_model.safetensors"), read_packed(
+        tmp_path / "packed"
+    )  # fmt: skip
+    assert before.keys() == ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+        if "lora_magnitude" in name:
+            np.testing.assert_array_equal(tensor, before[name])
+        else:
+            assert tensor.dtype == np.float16
+    config = (source / "adapter_config.json").read_bytes()
+    assert (tmp_path / "packed/adapter_config.json").read_bytes() == config
+    said = json.loads(done.output)["error"]
+    assert said == pytest.approx(relative(deltas(before), deltas(theirs)), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "cosine"), [("summary", 0.996), ("reply", 0.9945)])
+def test_four_bits_of_a_trained_adapter(
+    cli: Cli, repo: Path, read_packed: Any, tmp_path: Path, name: str, cosine: float
+) -> None:
+    source = repo / "examples" / name
+    assert cli("compress", source, "-o", tmp_path / "p", "--palettize", "4").exit_code == 0
+    file = source / "adapter_model.safetensors"
+    assert (tmp_path / "p/adapter_packed.safetensors").stat().st_size <= 0.27 * file.stat().st_size
+    one, two = deltas(load_file(file)), deltas(read_packed(tmp_path / "p"))
+    inner = sum((one[n] * two[n]).sum() for n in one)
+    norms = [np.sqrt(sum((d**2).sum() for d in x.values())) for x in (one, two)]
+    assert inner / (norms[0] * norms[1]) >= cosine
+
+
+def test_peft_computes_what_the_numbers_say(
+    cli: Cli, tiny_base: Path, read_packed: Any, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "a")
+    assert cli("compress", tmp_path / "a", "-o", tmp_path / "p", "--palettize", "4").exit_code == 0
+    done = cli("convert", tmp_path / "p", "--to", "peft", "-o", tmp_path / "b")
+    assert done.exit_code == 0, done.output
+    ids = torch.arange(24).reshape(1, 24)
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        plain = fresh(ids).logits
+        got = PeftModel.from_pretrained(fresh, tmp_path / "b")(ids).logits
+        by_hand = AutoModelForCausalLM.from_pretrained(tiny_base)
+        weights = dict(by_hand.named_parameters())
+        for name, delta in deltas(read_packed(tmp_path / "p")).items():
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[f"{module}.weight"] += torch.tensor(2 * delta, dtype=torch.float32)
+        wanted = by_hand(ids).logits
+    assert (wanted - plain).abs().max() > 0.05
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    proof = cli("validate", tmp_path / "p", tmp_path / "b", "--base", tiny_base)
+    assert proof.exit_code == 0, proof.output
+
+
+def test_mlx_folders_keep_their_padding(
+    cli: Cli, peft_folder: Any, read_packed: Any, tmp_path: Path
+) -> None:
+    source = peft_folder(
+        ranks={"mlp.up_proj": 2}, rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 3}
+    )
+    assert cli("convert", source, "--to", "mlx", "-o", tmp_path / "m").exit_code == 0
+    done = cli("compress", tmp_path / "m", "-o", tmp_path / "p", "--palettize", "6")
+    assert done.exit_code == 0, done.output
+    assert cli("decompress", tmp_path / "p", "-o", tmp_path / "back").exit_code == 0
+    theirs, ours = read_packed(tmp_path / "p"), load_file(tmp_path / "back/adapters.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+    up = [n for n in theirs if "up_proj.lora_a" in n]
+    assert up
+    assert not any(theirs[n][:, 2:].any() for n in up)
+    assert all(theirs[n][:, :2].all() for n in up)
+    before = load_file(tmp_path / "m/adapters.safetensors")
+    one, two = (
+        {n: (t[n].astype("f8") @ t[n.replace("_a", "_b")]) for n in up} for t in (before, theirs)
+    )
+    assert relative(one, two) < 0.06
+    said = json.loads(cli("inspect", tmp_path / "p", "--json").output)
+    assert (said["format"], said["method"]) == ("packed", "lora")
+    assert said["parameters"] == sum(t.size for t in before.values())
+    assert cli("convert", tmp_path / "p", "--to", "peft", "-o", tmp_path / "hf").exit_code == 0
+
+
+def test_ranks_that_do_nothing_and_updates_of_zero(
+    cli: Cli, peft_folder: Any, read_packed: Any, tmp_path: Path
+) -> None:
+    source = peft_folder()
+    tensors = load_file(source / "adapter_model.safetensors")
+    for n, t in tensors.items():
+        if "q_proj.lora_B" in n:
+            t[:] = 0
+    save_file(tensors, source / "adapter_model.safetensors", {"format": "pt"})
+    assert cli("compress", source, "-o", tmp_path / "p", "--palettize", "4").exit_code == 0
+    after = read_packed(tmp_path / "p")
+    for name, delta in deltas(after).items():
+        assert ("q_proj" in name) != delta.any()
+
+
+@pytest.mark.parametrize("size", [4500, 6000, 9000])
+def test_a_size_is_kept_to_and_used(cli: Cli, peft_folder: Any, tmp_path: Path, size: int) -> None:
+    source = peft_folder(layers=4)
+    done = cli("compress", source, "-o", tmp_path / "p", "--size", size, "--json")
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "p/adapter_packed.safetensors").stat().st_size
+    assert written == json.loads(done.output)["bytes"]["after"] <= size
+    smaller = cli("compress", source, "--plan", "--size", size - 700, "--json")
+    if smaller.exit_code == 0:
+        assert json.loads(smaller.output)["error"] > json.loads(done.output)["error"]
+    assert written > size - 700
+
+
+def test_a_plan_writes_nothing(cli: Cli, peft_folder: Any, tmp_path: Path) -> None:
+    source = peft_folder()
+    before = sorted(tmp_path.rglob("*"))
+    done = cli("compress", source, "--plan", "--palettize", "4")
+    assert done.exit_code == 0
+    assert "nothing written" in done.output
+    assert "6 modules in 4-bit tables" in done.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _nan(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = np.nan
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _config(**fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return edit
+
+
+def _nothing(folder: Path) -> None:
+    save_file({}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+REFUSED: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
+    ("NaN", _nan, ["--palettize", "4"], "lora_A.weight: holds NaN or Inf"),
+    ("too small", lambda _: None, ["--size", "900"], "the smallest possible is"),
+    ("too few bits", lambda _: None, ["--bits-per-weight", "1"], "the smallest possible is"),
+    ("empty", _nothing, ["--palettize", "4"], "holds no tensors"),
+    ("moved base", _config(init_lora_weights="pissa"), ["--palettize", "4"], "moved the base"),
+    ("none left", lambda _: None, ["--palettize", "4", "--include", "lm_head"], "no factors"),
+    ("groups", lambda _: None, ["--quantize", "int4", "--group-size", "7"], "don't divide"),
+    ("mlx4", lambda _: None, ["--quantize", "mlx4"], "has int8 and int4"),
+    ("regex", lambda _: None, ["--palettize", "4", "--exclude", "("], "'('"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "options", "says"), [r[1:] for r in REFUSED],
+                         ids=[r[0] for r in REFUSED])  # fmt: skip
+def test_one_line_and_nothing_written(
+    cli: Cli, peft_folder: Any, tmp_path: Path, damage: Any, options: list[str], says: str
+) -> None:
+    source = peft_folder()
+    damage(source)
+    done = cli("compress", source, "-o", tmp_path / "out", *options)
+    assert done.exit_code == 1, done.output
+    assert says in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["peft"]
+
+
+def test_twice_and_over_another(cli: Cli, peft_folder: Any, tmp_path: Path) -> None:
+    source, out = peft_folder(), tmp_path / "p"
+    assert cli("compress", source, "-o", out, "--palettize", "4").exit_code == 0
+    kept = (out / "adapter_packed.safetensors").read_bytes()
+    again = cli("compress", out, "-o", tmp_path / "q", "--palettize", "4")
+    assert (again.exit_code, "compressed already" in again.output) == (1, True)
+    over = cli("compress", source, "-o", out, "--palettize", "2")
+    assert (over.exit_code, "exists" in over.output) == (1, True)
+    assert (out / "adapter_packed.safetensors").read_bytes() == kept
+    assert cli("compress", source, "-o", out, "--palettize", "4", "--force").exit_code == 0
+    assert (out / "adapter_packed.safetensors").read_bytes() == kept
+    plain = cli("decompress", source, "-o", tmp_path / "q")
+    assert (plain.exit_code, "is not packed" in plain.output) == (1, True)
+
+
+LAYOUTS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("version", lambda s: s.update(version=2), "version 1 is read"),
+    ("source", lambda s: s.update(source="npz"), "not understood"),
+    ("group", lambda s: s.update(group=-1), "not understood"),
+    ("empty", lambda s: s.update(layout={}), "lists no tensors"),
+    ("bits", lambda s: _first(s).__setitem__(0, 5), "not understood"),
+    ("huge", lambda s: _first(s).__setitem__(1, [4, 1 << 39]), "is expected by the layout"),
+    ("bomb", lambda s: s["layout"].update({_name(s): [4, [1 << 30, 16], 0, 4]}), "was trained"),
+    ("axis", lambda s: _first(s).__setitem__(2, 2), "not understood"),
+    ("rows", lambda s: _first(s).append(9), "not understood"),
+    ("missing", lambda s: s["layout"].pop(_name(s)), "is expected by the layout"),
+    ("bool", lambda s: _first(s).__setitem__(2, False), "not understood"),
+]
+
+
+def _name(said: dict[str, Any]) -> str:
+    return next(iter(said["layout"]))
+
+
+def _first(said: dict[str, Any]) -> list[Any]:
+    found: list[Any] = said["layout"][_name(said)]
+    return found
+
+
+@pytest.mark.parametrize(("edit", "says"), [x[1:] for x in LAYOUTS], ids=[x[0] for x in LAYOUTS])
+def test_broken_layouts_are_refused(
+    cli: Cli, peft_folder: Any, tmp_path: Path, edit: Any, says: str
+) -> None:
+    from safetensors import safe_open
+
+    assert cli("compress", peft_folder(), "-o", tmp_path / "p", "--palettize", "4").exit_code == 0
+    file = tmp_path / "p/adapter_packed.safetensors"
+    with safe_open(file, "np") as f:
+        metadata = f.metadata()
+    said = json.loads(metadata["packed"])
+    edit(said)
+    save_file(load_file(file), file, metadata | {"packed": json.dumps(said)})
+    done = cli("inspect", tmp_path / "p")
+    assert done.exit_code == 1, done.output
+    assert says in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_a_folder_of_two_formats_is_refused(cli: Cli, peft_folder: Any, tmp_path: Path) -> None:
+    source = peft_folder()
+    assert cli("compress", source, "-o", tmp_path / "p", "--palettize", "4").exit_code == 0
+    shutil.copy(source / "adapter_model.safetensors", tmp_path / "p")
+    done = cli("inspect", tmp_path / "p")
+    assert (done.exit_code, "several formats" in done.output) == (1, True)
