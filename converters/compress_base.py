@@ -111,6 +111,9 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 def _packed(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
     """What is written for mlx-lm, and what is said of it."""
     group = wanted.group_size or GROUP
+    if group not in mlx_quantize.GROUPS:
+        known = ", ".join(map(str, mlx_quantize.GROUPS))
+        raise Refused(base.path, f"--group-size {group}: MLX packs groups of {known}")
     mode = "mlx" if wanted.plain else "optimal"
     held, kept = _modules(base, group, wanted)
     widths = _widths(base, held, kept, group, mode, wanted)

@@ -97,7 +97,10 @@ def command(
         exclude=exclude,
         force=force,
     )
-    say(module_of(target).compress(target, None if plan else output, wanted), as_json)
+    how = module_of(target)
+    if (plain or expanded) and how.__name__ == KINDS["package"]:
+        raise click.UsageError("--plain and --expanded are for a base model's folder")
+    say(how.compress(target, None if plan else output, wanted), as_json)
 
 
 def module_of(target: Path) -> Any:

@@ -6,7 +6,16 @@ import click
 
 from loraduct.cli.common import json_option, print_json
 
-EXTRAS = {"torch": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx-lm")}
+EXTRAS = {
+    "torch": ("torch", "transformers", "peft"),
+    "mlx": ("mlx", "mlx-lm"),
+    "coreml": ("coremltools",),
+}
+USES = {
+    "torch": "validate PEFT adapters and packages; read .bin",
+    "mlx": "validate MLX adapters",
+    "coreml": "run packages on a Mac (building and editing need nothing)",
+}
 
 
 @click.command("formats")
@@ -36,8 +45,7 @@ def command(as_json: bool) -> None:
     click.echo("\n".join(table(rows)))
     click.echo()
     rows = [["extra", "for", "packages"]]
-    uses = {"torch": "validate PEFT adapters; read .bin", "mlx": "validate MLX adapters"}
     for extra, packages in extras.items():
         shown = ", ".join(f"{p} {v}" if v else f"{p} not installed" for p, v in packages.items())
-        rows.append([extra, uses[extra], shown])
+        rows.append([extra, USES[extra], shown])
     click.echo("\n".join(table(rows)))

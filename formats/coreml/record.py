@@ -14,8 +14,8 @@ program with attributes of its own)::
 ``adapters`` are those that a function uses; a row of ``modules`` also has, where they are not
 usual, ``layout``, ``dtypes`` before rounding, ``fold`` (b is stored times 2**fold) and ``extra``
 (which of magnitude and bias there are). ``weights`` is how much of the weight file belongs to
-this or an earlier program: what lies behind was left by a writer that was killed. ``compression``, where there was one: ``lut4``, ``int8``, ...,
-or ``lut`` for a width of each tensor's own.
+this or an earlier program: what lies behind was left by a writer that was killed.
+``compression``, where there was one: ``lut4``, ``int8``, or ``lut`` for a width of each tensor's own.
 """
 
 from __future__ import annotations
