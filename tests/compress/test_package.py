@@ -52,6 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "budget": {"bits_per_weight": 3.0},
     "adapters too": {"palettize": 4, "adapter_bits": 6, "include": EVERY},
 }
+QUICK = ("3 bits", "scaled", "blocks", "adapters too")  # the others: make heavy
 OLD = ("1 bits", "4 bits", "int8")
 
 
@@ -112,7 +113,14 @@ def kinds(path: Path) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize(("source", "way"), [*(("x", w) for w in WAYS), *(("old", w) for w in OLD)])
+def _cases() -> list[Any]:
+    rest = [w for w in WAYS if w not in QUICK]
+    quick = [*(("x", w) for w in QUICK), ("old", "4 bits")]
+    slow = [*(("x", w) for w in rest), *(("old", w) for w in OLD[::2])]
+    return [*quick, *(pytest.param(*c, marks=pytest.mark.heavy) for c in slow)]
+
+
+@pytest.mark.parametrize(("source", "way"), _cases())
 def test_coremltools_reads_what_is_meant(
     world: Path, tmp_path: Path, source: str, way: str
 ) -> None:
@@ -312,7 +320,10 @@ def test_compressed_already_and_never(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"), [(np.nan, "NaN"), (np.inf, "NaN|Inf"), (0.25, None), (0.0, None)]
 )
-@pytest.mark.parametrize("way", ["4 bits", "int8", "groups", "scaled", "budget"])
+@pytest.mark.parametrize(
+    "way",
+    ["4 bits", "int8", *(pytest.param(w, marks=pytest.mark.heavy) for w in ("groups", "scaled"))],
+)
 def test_broken_and_constant_tensors(
     world: Path, tmp_path: Path, way: str, value: float, message: str | None
 ) -> None:
