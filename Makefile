@@ -27,7 +27,7 @@ test: setup
 
 heavy: setup
 	@$(BIN)/python examples/base.py > /dev/null
-	$(PYTEST) -m heavy
+	$(PYTEST) -m heavy --timeout 1800
 
 check: setup
 	$(BIN)/ruff check .
