@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from measure import RSS_UNIT, Table, Target, is_met, table_text, target_table
 
-from loraduct.converters.packing import packed
 from loraduct.converters.palette import Options, expand
 from loraduct.converters.palettize import palettize, palettize_all
 from loraduct.formats import safetensors_file
+from loraduct.packing import packed
 
 MODEL = Path(__file__).resolve().parent.parent / ".cache/smollm2-135m-instruct/model.safetensors"
 THREADS = 2

@@ -15,7 +15,6 @@ from typing import Any
 
 from loraduct.converters import palette, palettize, quantize
 from loraduct.converters.compress_sites import NEW, OLD, Weight
-from loraduct.converters.packing import packed
 from loraduct.errors import Refused
 from loraduct.formats.coreml.blob import ALIGN, CODES
 from loraduct.formats.coreml.edit import FILE
@@ -26,6 +25,7 @@ from loraduct.formats.coreml.program import (
     string_value,
 )
 from loraduct.formats.coreml.schema import new
+from loraduct.packing import packed
 
 INLINE = 10  # fewer values than that are in the program itself, as coremltools has it
 TOGETHER = 1 << 26  # numbers of tensors that are clustered together, at most

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
-from loraduct.converters import balance, packing, palette, palettize, quantize
+from loraduct.converters import balance, palette, palettize, quantize
 from loraduct.formats.packed_adapter import Item, values
+from loraduct.packing import packed
 from loraduct.tensor import FLOATS, Tensor
 
 _PROBE = 3  # bits at which the forms of wide factors are told apart; they take long to try at 8
@@ -144,7 +145,7 @@ def _coded(matrix: Any, item: Item, name: str) -> Coded:
         tables = palette.Options(item.bits, group=group, ragged=True)
         p = palettize.palettize(matrix, tables, name=name)
         codes, numbers = p.indices, p.lut
-    return Coded(item, packing.packed(codes.astype(np.uint8), item.bits), numbers.reshape(-1))
+    return Coded(item, packed(codes.astype(np.uint8), item.bits), numbers.reshape(-1))
 
 
 def _relative(one: Any, two: Any) -> float:

@@ -24,11 +24,11 @@ from loraduct.adapter import LowRank
 from loraduct.converters.fuse_places import Placed, Update
 from loraduct.converters.fuse_stream import ROWS, blocks, rounded
 from loraduct.converters.mlx_quantize import BITS, GROUPS, quantize
-from loraduct.converters.packing import packed as pack
-from loraduct.converters.packing import unpacked as unpack
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.formats.model_folder import Stored
+from loraduct.packing import packed as pack
+from loraduct.packing import unpacked as unpack
 from loraduct.tensor import Tensor, as_float32
 from loraduct.text import printable
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.converters.coded import typed
-from loraduct.converters.packing import packed, unpacked
 from loraduct.errors import Refused
+from loraduct.packing import packed, unpacked
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraduct.converters.packing import packed
 from loraduct.errors import Refused
+from loraduct.packing import packed
 
 BITS = (1, 2, 3, 4, 6, 8)  # what Core ML has index types for
 IOS16_BITS = (1, 2, 4, 6, 8)

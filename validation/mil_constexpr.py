@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from loraduct.formats.coreml.blob import unpacked
+from loraduct.packing import unpacked
 from loraduct.validation.mil_numbers import limited, rounded
 from loraduct.validation.mil_operation import Op, along, ints, times
 
@@ -54,7 +54,7 @@ def lut_to_dense(indices: Any, lut: Any, shape: Any = None, vector_axis: Any = N
         sizes, bits = limited(ints(shape)), int(lut.size).bit_length() - 1
         if lut.size != 1 << bits or indices.size != -(-times(sizes) * bits // 8):
             raise ValueError(f"{indices.size} bytes of indices into {lut.size} for {list(sizes)}")
-        return lut[unpacked(indices.tobytes(), bits, times(sizes), False)].reshape(sizes)
+        return lut[unpacked(indices.tobytes(), bits, times(sizes))].reshape(sizes)
     groups, entries, vector = lut.shape[:-2], lut.shape[-2], lut.shape[-1]
     if len(groups) != indices.ndim or any(
         not g or n % g for n, g in zip(indices.shape, groups, strict=True)
@@ -85,7 +85,7 @@ def sparse_to_dense(nonzero_data: Any, mask: Any, shape: Any = None) -> Any:
         sizes = limited(ints(shape))
         if mask.size != -(-times(sizes) // 8):
             raise ValueError(f"{mask.size} bytes of mask for {list(sizes)}")
-        mask = unpacked(mask.tobytes(), 1, times(sizes), False).reshape(sizes)
+        mask = unpacked(mask.tobytes(), 1, times(sizes)).reshape(sizes)
     kept = mask != 0
     if int(kept.sum()) != nonzero_data.size:
         raise ValueError(f"{nonzero_data.size} values for {int(kept.sum())} places")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from loraduct import halves
 from loraduct.errors import Refused
 
 MOST = 1 << 30  # elements of one value; more is refused (4 GiB in float32)
@@ -61,19 +62,11 @@ def rounded(x: Any, *, in_place: bool = False) -> Any:
 
 
 def widened(half: Any) -> Any:
-    """float16 values as float32, by shifting their bits into place and mending the exponent."""
+    """float16 values as float32, infinity and NaN among them."""
     half = np.ascontiguousarray(half, np.float16)
-    out = np.empty(half.shape, np.float32)
-    flat, source = out.reshape(-1), half.reshape(-1).view(np.int16)
-    bits = flat.view(np.int32)
-    for at in range(0, flat.size, _BLOCK):
-        piece, end = bits[at : at + _BLOCK], flat[at : at + _BLOCK]
-        np.copyto(piece, source[at : at + _BLOCK])
-        np.left_shift(piece, 13, out=piece)
-        np.bitwise_and(piece, np.int32(-0x70002000), out=piece)  # 0x8fffe000
-        np.multiply(end, np.float32(2.0**112), out=end)
-        if not (end.max() < 65536 and end.min() > -65536):  # infinity or NaN among them
-            np.copyto(end, half.reshape(-1)[at : at + _BLOCK])
+    out = halves.widened(half.view(np.uint16), np.empty(half.shape, np.float32))
+    if out.size and not (out.max() < 65536 and out.min() > -65536):
+        np.copyto(out, half)
     return out
 
 

@@ -13,12 +13,12 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.files import Source
+from loraduct.packing import unpacked
 from loraduct.tensor import Tensor
 
 ALIGN = 64
@@ -121,9 +121,9 @@ class BlobFile:
         raw = self.source.read(record.data, record.nbytes, name)
         if dtype in _NUMPY:
             return np.frombuffer(raw, _NUMPY[dtype]).reshape(shape)
-        return unpacked(raw, CODES[dtype][1], math.prod(shape), dtype.startswith("INT")).reshape(
-            shape
-        )
+        return unpacked(
+            raw, CODES[dtype][1], math.prod(shape), signed=dtype.startswith("INT")
+        ).reshape(shape)
 
     def span(self, offset: int, name: str) -> tuple[int, int]:
         """Where a blob's data begins and ends. Raises Refused naming ``name`` if it isn't there."""
@@ -157,54 +157,6 @@ class BlobFile:
             piece = memoryview(buffer)[: min(_STEP, end - at)]
             self.source.read_into(at, piece, name)
             yield piece
-
-
-def unpacked(raw: Any, bits: int, count: int, signed: bool) -> Any:
-    """Values under 8 bits, one a byte, from a stream of bits with the low bits first.
-
-    A byte, or 12 bits of a stream of 3 or 6, are looked up: all values in them at once.
-    """
-    import numpy as np
-
-    stream = np.frombuffer(raw, np.uint8)
-    wide = 12 if bits in (3, 6) else 8
-    table = _values_in(wide, bits, signed)
-    out = np.empty((-(-stream.size * 8 // wide) + 1, wide // bits), table.dtype)
-    into = out.reshape(-1).view(f"<u{wide // bits}")
-    step = 3 << 14
-    for at in range(0, stream.size, step):
-        words = stream[at : at + step]
-        if wide == 12:
-            three = np.zeros((-(-words.size // 3), 3), np.uint16)
-            three.reshape(-1)[: words.size] = words
-            low, mid, high = three.T
-            words = np.stack((low | (mid & 15) << 8, mid >> 4 | high << 4), 1).reshape(-1)
-        begin = at * 8 // wide
-        part = into[begin : begin + words.size]
-        part[:] = table.view(into.dtype).reshape(-1)[words[: part.size]]
-    return out.reshape(-1)[:count]
-
-
-@cache
-def _values_in(wide: int, bits: int, signed: bool) -> Any:
-    """(2**wide, wide / bits): the values in a word, the low bits first."""
-    import numpy as np
-
-    shifts = np.arange(0, wide, bits, dtype=np.uint16)
-    found = (np.arange(1 << wide, dtype=np.uint16)[:, None] >> shifts) & ((1 << bits) - 1)
-    if not signed:
-        return np.ascontiguousarray(found, np.uint8)
-    sign = 1 << (bits - 1)
-    return ((found ^ sign).astype(np.int16) - sign).astype(np.int8)
-
-
-def packed(values: Any, bits: int) -> Any:
-    """The way back from ``unpacked``: bytes of a stream of bits."""
-    import numpy as np
-
-    flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    stream = (flat[:, None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(stream.reshape(-1).astype(np.uint8), bitorder="little")
 
 
 class Layout:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from loraduct.errors import Refused
-from loraduct.formats.coreml.blob import unpacked
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import type_of, value_of
+from loraduct.packing import unpacked
 
 PREFIX = "constexpr_"
 _MOST = 1 << 34  # bytes of one constant that we are willing to make
@@ -125,7 +125,7 @@ def _lut(indices: Any, lut: Any, shape: Any = None, vector_axis: Any = None) -> 
         count, bits = math.prod(sizes), int(lut.size).bit_length() - 1
         if lut.size != 1 << bits or indices.size != -(-count * bits // 8):
             raise ValueError(f"{indices.size} bytes of indices into {lut.size} for {list(sizes)}")
-        flat = indices if bits == 8 else unpacked(indices, bits, count, False)
+        flat = unpacked(indices, bits, count)
         return _taken(lut, flat).reshape(sizes)
     groups, entries, vector = lut.shape[:-2], lut.shape[-2], lut.shape[-1]
     if len(groups) != indices.ndim:
@@ -170,7 +170,7 @@ def _sparse(nonzero_data: Any, mask: Any, shape: Any = None) -> Any:
 
     if shape is not None:
         sizes = tuple(int(n) for n in shape)
-        mask = unpacked(mask, 1, math.prod(sizes), False).reshape(sizes)
+        mask = unpacked(mask, 1, math.prod(sizes)).reshape(sizes)
     kept = mask != 0
     if int(kept.sum()) != nonzero_data.size:
         raise ValueError(f"{nonzero_data.size} values for {int(kept.sum())} places")

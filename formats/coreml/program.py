@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraduct.errors import Refused
-from loraduct.formats.coreml.blob import CODES, unpacked
+from loraduct.formats.coreml.blob import CODES
 from loraduct.formats.coreml.schema import ARRAY_TYPES, DATA_TYPE_NAMES, DATA_TYPES, new
+from loraduct.packing import unpacked
 
 if TYPE_CHECKING:
     from loraduct.formats.coreml.package import Package
@@ -76,7 +77,7 @@ def value_of(package: Package, value: Any, name: str) -> Any:
     if held == "bytes":
         bits = CODES[dtype][1]
         array = (
-            unpacked(values, bits, math.prod(sizes), dtype.startswith("INT"))
+            unpacked(values, bits, math.prod(sizes), signed=dtype.startswith("INT"))
             if bits < 8
             else np.frombuffer(values, NUMPY[dtype])
         )

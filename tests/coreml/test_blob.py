@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from loraduct import packing
 from loraduct.errors import Refused
 from loraduct.formats.coreml import blob
 
@@ -75,7 +76,7 @@ def laid_out(path, dtype, counts):
     offsets = []
     for count in counts:
         values = values_of(dtype, count)
-        data = blob.packed(values, bits) if bits < 8 else values
+        data = packing.packed(values.view(np.uint8) & (2**bits - 1), bits) if bits < 8 else values
         offsets.append(layout.add(dtype, count, [data]))
     path.write_bytes(b"".join(bytes(memoryview(c).cast("B")) for c in layout.chunks()))
     return offsets

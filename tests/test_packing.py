@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loraduct.converters.packing import packed, unpacked
+from loraduct.packing import packed, unpacked
 
 ct = pytest.importorskip("coremltools.optimize._utils")
 

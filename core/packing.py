@@ -9,8 +9,10 @@ a few passes over the data instead of one byte per bit.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+_LOOKED_UP = {1: 8, 2: 8, 3: 12, 4: 8, 6: 12}  # bits -> of a word that holds some whole
 _STEPS = {1: 3, 2: 2, 3: 3, 4: 1, 5: 3, 6: 2, 7: 3, 8: 0}  # bits -> doublings to whole bytes
 _WORDS = ("<u1", "<u2", "<u4", "<u8")
 BLOCK = 1 << 16  # values at once: what is computed on the way stays in the cache
@@ -48,13 +50,55 @@ def _joined(flat: Any, bits: int) -> Any:
     return words.view(np.uint8).reshape(-1, width // 8)[:, : used // 8].reshape(-1)
 
 
-def unpacked(stream: Any, bits: int, count: int) -> Any:
-    """``count`` values (uint8) from the bytes that ``packed`` makes."""
+def unpacked(stream: Any, bits: int, count: int, *, signed: bool = False) -> Any:
+    """``count`` values (uint8, or int8 if ``signed``) from the bytes that ``packed`` makes.
+
+    A byte, or 12 bits of a stream of 3 or 6, are looked up: all values in them at once.
+    """
+    import numpy as np
+
+    stream = np.frombuffer(stream, np.uint8)
+    if bits == 8:
+        return stream[:count].view(np.int8 if signed else np.uint8)
+    if bits not in _LOOKED_UP:
+        return _apart(stream, bits, count)
+    wide = _LOOKED_UP[bits]
+    table = _values_in(wide, bits, signed)
+    out = np.empty((-(-stream.size * 8 // wide) + 1, wide // bits), table.dtype)
+    into = out.reshape(-1).view(f"<u{wide // bits}")
+    step = 3 << 14
+    for at in range(0, stream.size, step):
+        words = stream[at : at + step]
+        if wide == 12:
+            three = np.zeros((-(-words.size // 3), 3), np.uint16)
+            three.reshape(-1)[: words.size] = words
+            low, mid, high = three.T
+            words = np.stack((low | (mid & 15) << 8, mid >> 4 | high << 4), 1).reshape(-1)
+        begin = at * 8 // wide
+        part = into[begin : begin + words.size]
+        part[:] = table.view(into.dtype).reshape(-1)[words[: part.size]]
+    return out.reshape(-1)[:count]
+
+
+@cache
+def _values_in(wide: int, bits: int, signed: bool) -> Any:
+    """(2**wide, wide / bits): the values in a word, the low bits first."""
+    import numpy as np
+
+    shifts = np.arange(0, wide, bits, dtype=np.uint16)
+    found = (np.arange(1 << wide, dtype=np.uint16)[:, None] >> shifts) & ((1 << bits) - 1)
+    if not signed:
+        return np.ascontiguousarray(found, np.uint8)
+    sign = 1 << (bits - 1)
+    return ((found ^ sign).astype(np.int16) - sign).astype(np.int8)
+
+
+def _apart(stream: Any, bits: int, count: int) -> Any:
+    """The way back from `_joined`, for the widths that no word of 8 or 12 bits holds whole (5, 7)."""
     import numpy as np
 
     steps = _STEPS[bits]
     width, used = 8 << steps, bits << steps
-    stream = np.asarray(stream, np.uint8).reshape(-1)
     each = used // 8
     words = -(-stream.size // each)
     whole = np.zeros(words * each, np.uint8)
