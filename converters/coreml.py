@@ -19,7 +19,7 @@ from typing import Any
 from loraduct.converters.coreml_graph import COS, SIN, Form, function, table_name
 from loraduct.converters.coreml_inputs import arguments, kinds_of
 from loraduct.converters.decoder import Decoder, describe
-from loraduct.converters.fuse import HEAD, Weighted, fused
+from loraduct.converters.fuse import HEAD, Weighted, as_stored, fused
 from loraduct.converters.rope import rotation
 from loraduct.errors import Refused
 from loraduct.files import file_chunks, replace_file, staged_folder, write_file
@@ -28,10 +28,12 @@ from loraduct.formats.companions import find
 from loraduct.formats.coreml import package, record
 from loraduct.formats.coreml.blob import Layout
 from loraduct.formats.coreml.schema import new
+from loraduct.formats.model_folder import Stored
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import FLOATS, Tensor
 
 BASE = "base"
+HALF = "F16"  # what every weight is stored in
 FILE = f"{package.MODEL_PATH}weights/{package.WEIGHT_FILE}"
 # target -> (specification version, opset); coremltools 9.0 `_deployment_compatibility.py`
 TARGETS = {"iOS18": (9, "CoreML8"), "iOS17": (8, "CoreML7")}
@@ -92,7 +94,7 @@ def forms_of(options: Options, decoder: Decoder, file: Path, name: str = BASE) -
 class Parts:
     """Parameters of the package, laid out in the weight file in the order they are asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    def __init__(self, tensors: Mapping[str, Stored], layout: Layout) -> None:
         self.tensors, self.layout = tensors, layout
         self.found: dict[str, tuple[tuple[int, ...], int]] = {}
 
@@ -102,33 +104,34 @@ class Parts:
             tensor = self.tensors.get(name)
             if tensor is None:
                 return None
-            chunks = tensor.to("F16").chunks()
-            offset = self.layout.add("FLOAT16", math.prod(tensor.shape), chunks)
+            offset = self.layout.add("FLOAT16", math.prod(tensor.shape), tensor.pieces())
             self.found[name] = (tensor.shape, offset)
         return self.found[name]
 
 
-def with_tables(
-    base: Base, tensors: Mapping[str, Tensor], decoder: Decoder, context: int
-) -> dict[str, Tensor]:
-    """The model's tensors and its rotation tables, by name. Raises Refused for packed weights."""
-    found = dict(tensors)
-    for name, tensor in found.items():
+def check_plain(base: Base) -> None:
+    """Raises Refused for a base whose weights are packed."""
+    for name, tensor in base.tensors.items():
         if tensor.stored_dtype not in FLOATS:
             raise Refused(
                 tensor.path or base.path,
                 f"is stored as {tensor.stored_dtype}: a base in F32, F16 or BF16 is expected",
                 tensor=name,
             )
+
+
+def tables(decoder: Decoder, context: int) -> dict[str, Stored]:
+    """The rotation tables by name."""
+    found = {}
     for kind, rope in decoder.tables.items():
         for part, table in zip((COS, SIN), rotation(rope, context), strict=True):
             name = table_name(part, kind)
-            found[name] = Tensor(name, "F32", table.shape, data=table)
+            found[name] = as_stored(Tensor(name, "F32", table.shape, data=table), HALF)
     return found
 
 
 def program(
-    base: Base, decoder: Decoder, forms: Mapping[str, Form], tensors: Mapping[str, Tensor]
+    base: Base, decoder: Decoder, forms: Mapping[str, Form], tensors: Mapping[str, Stored]
 ) -> tuple[Any, Layout]:
     """The specification and the weight file to be written."""
     first = next(iter(forms.values()))
@@ -202,19 +205,20 @@ def build(
     Adapters have transformers' names (`loraduct.converters.neutral`).
     """
     decoder = describe(base)
-    tensors = dict(base.tensors)
+    check_plain(base)
+    held = dict(base.tensors)
     if decoder.tied:
-        tensors.pop(HEAD, None)  # some files hold a copy
+        held.pop(HEAD, None)  # some files hold a copy
     name = BASE
-    if merged is not None:
+    if merged is None:
+        tensors = {n: as_stored(t, HALF) for n, t in held.items()}
+    else:
         name = merged[0]
-        tensors = fused(tensors, merged[1], decoder.tied)
+        tensors = fused(base, held, merged[1], decoder.tied, HALF)
         decoder = replace(decoder, tied=decoder.tied and HEAD not in tensors)
     forms = forms_of(options, decoder, base.path / "config.json", name)
     first = next(iter(forms.values()))
-    model, layout = program(
-        base, decoder, forms, with_tables(base, tensors, decoder, first.context)
-    )
+    model, layout = program(base, decoder, forms, tensors | tables(decoder, first.context))
     made = record.fresh(base, {n: f.q for n, f in forms.items()})
     made["base"]["tied"] = decoder.tied
     made["context"] = first.context

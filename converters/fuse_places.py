@@ -46,16 +46,26 @@ class Placed:
         return {*self.updates, *self.replaced, *self.added, *self.rows}
 
 
-def placed(adapters: Sequence[tuple[Adapter, float]], base: Base, shapes: Shapes) -> Placed:
+def placed(
+    adapters: Sequence[tuple[Adapter, float]],
+    base: Base,
+    shapes: Shapes,
+    *,
+    new_biases: bool = False,
+) -> Placed:
     """Where all updates go. Adapters have transformers' names (`converters.neutral`).
 
-    A tied head stands in ``shapes`` under the name it will have. Raises Refused naming what has no
+    A tied head stands in ``shapes`` under the name it will have. ``new_biases``: what is made of the
+    result reads biases that the base doesn't have; a transformers' model would not. Raises Refused naming what has no
     place, shapes that differ, and what can't be weighted or combined.
     """
     found = Placed()
     for adapter, weight in adapters:
         for name, u in adapter.replacements.items():
-            _replacement(found, adapter, name, u, weight, base, shapes)
+            wanted = shapes
+            if new_biases and name.endswith(".bias") and name not in shapes:
+                wanted = {**shapes, name: u.weight.shape}
+            _replacement(found, adapter, name, u, weight, base, wanted)
         for name, low in _low_rank(adapter, base, shapes):
             if low.magnitude is not None and weight != 1.0:
                 what = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined"
@@ -66,7 +76,7 @@ def placed(adapters: Sequence[tuple[Adapter, float]], base: Base, shapes: Shapes
             found.updates.setdefault(name, []).append((low, weight))
             if low.bias is not None:
                 bias = f"{name.removesuffix('weight')}bias"
-                if bias not in shapes:
+                if bias not in shapes and not new_biases:
                     raise Refused(adapter.weights, _NO_BIAS, tensor=name)
                 found.added.setdefault(bias, []).append((low.bias, low.scale * weight))
     if not found.touched():
