@@ -24,7 +24,7 @@ from loraduct.converters.start import can_stay, undo
 from loraduct.errors import Refused
 from loraduct.formats import mlx_writer, packed, peft_writer
 from loraduct.formats.base import Base, differences, uncompared
-from loraduct.formats.experts import wrong_experts, zero_experts
+from loraduct.formats.experts import wrong_experts
 from loraduct.formats.folder import METADATA, Folder, model_card
 from loraduct.formats.peft_keys import PREFIX
 from loraduct.formats.safetensors_file import ordered
@@ -171,15 +171,8 @@ def _select(adapter: Adapter, options: Options) -> dict[str, Update]:
 
 def _rename(adapter: Adapter, options: Options) -> tuple[Adapter, dict[str, int], str | None]:
     """The adapter with the target's module names, what was joined, and a note (`names.rename`)."""
-    base = options.base
-    file = base.path / "config.json" if base else adapter.weights
-    return names.rename(
-        adapter,
-        NAMING[options.to],
-        base.architecture if base else None,
-        options.name_map_file or file,
-        options.name_map,
-        zero_experts(base.text_config) if base else 0,
+    return names.for_base(
+        adapter, NAMING[options.to], options.base, options.name_map_file, options.name_map
     )
 
 

@@ -106,7 +106,7 @@ def _adapter(tuned: Base, base: Base, found: Mapping[str, Found]) -> Adapter:
     adapter = _live(adapter, base)
     adapter = untie(_saved(adapter, tuned), base)
     if adapter.naming != "hf":
-        adapter = names.rename(adapter, "hf", base.architecture, base.path, None)[0]
+        adapter = names.for_base(adapter, "hf", base, base.path)[0]
     config = peft_writer.config_for(adapter)[0]
     whole = sorted(
         {n.rpartition(".")[0] for n, u in adapter.replacements.items() if u.origin != "bias"}
@@ -124,7 +124,7 @@ def _live(adapter: Adapter, base: Base) -> Adapter:
         if known is None or rule is None:
             done[module] = u
         elif rule.how == "stack":
-            return names.rename(adapter, "mlx", base.architecture, base.path, None)[0]
+            return names.for_base(adapter, "mlx", base, base.path)[0]
         else:
             there = known.by_mlx[rule.mlx[0]]
             same = there.how == rule.how

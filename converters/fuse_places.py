@@ -114,7 +114,7 @@ def _ways(
             yield [(name if low.layout == "experts" else f"{name}.weight", low)]
     if low.layout == "experts":
         one = replace(adapter, updates={module: low}, origin=None)
-        there = names.rename(one, "mlx", base.architecture, base.path, None)[0].low_rank
+        there = names.for_base(one, "mlx", base, base.path)[0].low_rank
         for forms in _stacks(known, there):
             yield [
                 (f"{renamed(f'{name}.{e}', f'{pattern_of(name)}.{{}}', forms[name])}.weight", part)
@@ -154,7 +154,7 @@ def _by_mlx(
 ) -> list[tuple[str, LowRank]]:
     """The same by mlx-lm's names; ``missing`` has no place by transformers'."""
     try:
-        there = names.rename(adapter, "mlx", base.architecture, base.path, None)[0].low_rank
+        there = names.for_base(adapter, "mlx", base, base.path)[0].low_rank
     except Refused:
         there = {}
     done = [(f"{module}.weight", u) for module, u in there.items()]

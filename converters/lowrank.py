@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraduct.adapter import Dense, LowRank
+from loraduct.converters.approximate import rank_for
 
 Pair = tuple[Any, Any]
 Choice = Callable[[Any], int]  # singular values (..., k) -> how many are kept
@@ -123,10 +124,24 @@ def balanced(left: Any, values: Any, right: Any) -> Pair:
     return root[..., :, None] * right, left * root[..., None, :]
 
 
-def truncated(a: Any, b: Any, rank: int) -> tuple[Pair, float]:
-    """The best pair of that rank, and ||b @ a - that||: the root of the sum of what was cut, squared."""
-    pair, values = cut(a, b, lambda v: min(rank, v.shape[-1]))
-    return pair, lost(values, rank)
+def truncated(
+    a: Any, b: Any, rank: int | None = None, energy: float | None = None
+) -> tuple[Pair, float, float]:
+    """The best pair of that rank, or of the rank that keeps this share of the squared norm.
+
+    With ||b @ a - that||, which is the root of the sum of what was cut, squared, and ||b @ a||. Of
+    experts (experts, k, n) the one rank that does for all of them together.
+    """
+
+    def choose(values: Any) -> int:
+        most: int = min(rank or values.shape[-1], values.shape[-1])
+        if energy is None:
+            return most
+        squares = values.reshape(-1, values.shape[-1]) ** 2
+        return min(most, rank_for(squares.sum(0), energy))
+
+    pair, values = cut(a, b, choose)
+    return pair, lost(values, pair[0].shape[-2]), float((values**2).sum() ** 0.5)
 
 
 def lost(values: Any, rank: int) -> float:

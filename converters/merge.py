@@ -17,7 +17,6 @@ from typing import Any
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.computed import given, joined
 from loraduct.converters import lowrank, merge_dense, merge_dora, merge_peft, merge_rest
-from loraduct.converters.approximate import rank_for
 from loraduct.converters.merge_names import aligned, labels_of
 from loraduct.converters.recipe import Weight, weights_of
 from loraduct.errors import Refused
@@ -181,8 +180,7 @@ def _merged(name: str, parts: list[Part], job: _Job, count: int) -> tuple[LowRan
     settings = job.settings
     method = METHODS[settings.method]
     if method.on == "factors":
-        pair, scale = merge_peft.merged(settings, parts, job.rng, count)
-        return made(name, parts, *pair, scale=scale), 0.0
+        return made(name, parts, *merge_peft.merged(settings, parts, job.rng, count)), 0.0
     if method.on == "entries":
         pair, residual = merge_dense.merged(name, parts, settings, job.base)
         return made(name, parts, *pair), residual
@@ -220,22 +218,11 @@ def truncated(
     """The sum cut to a rank, or to the rank that keeps this share of its squared norm."""
     pairs = [lowrank.factors(u) for u, _ in parts]
     a, b = lowrank.added(pairs, [w for _, w in parts])
-    most = min(a.shape[-2:] + b.shape[-2:])
-    pair, values = lowrank.cut(a, b, lambda v: _rank(v, min(rank or most, most), energy))
-    total = float((values**2).sum()) ** 0.5
-    gone = lowrank.lost(values, pair[0].shape[-2])
+    pair, gone, total = lowrank.truncated(a, b, rank, energy)
     return made(name, parts, *pair), gone / total if total else 0.0
 
 
-def _rank(values: Any, rank: int, energy: float | None) -> int:
-    """Of experts (experts, k) the one rank that does for all of them together."""
-    if energy is None:
-        return rank
-    squares = values.reshape(-1, values.shape[-1]) ** 2
-    return min(rank, rank_for(squares.sum(0), energy))
-
-
-def made(name: str, parts: Sequence[Part], a: Any, b: Any, scale: float = 1.0) -> LowRank:
+def made(name: str, parts: Sequence[Part], a: Any, b: Any) -> LowRank:
     """An update of these factors, rounded once to float32; a convolution gets its kernel back."""
     import numpy as np
 
@@ -248,7 +235,7 @@ def made(name: str, parts: Sequence[Part], a: Any, b: Any, scale: float = 1.0) -
         given(f"{name}.{side}", stored, x.shape, partial(np.asarray, x.astype(np.float32)))
         for side, x in (("a", a), ("b", b))
     )
-    return LowRank(a_, b_, scale, layout=first.layout)
+    return LowRank(a_, b_, 1.0, layout=first.layout)
 
 
 def _with_bias(name: str, update: LowRank, parts: Sequence[Part]) -> LowRank:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from loraduct.adapter import Adapter, LowRank
 from loraduct.computed import given
 from loraduct.converters import lowrank
-from loraduct.converters.approximate import rank_for
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.tensor import FLOATS, Tensor, as_float32
@@ -101,7 +100,8 @@ def merged(
     a, b = lowrank.added(pairs, [w for _, w in parts])
     residual = 0.0
     if settings.rank is not None or settings.energy is not None:
-        (a, b), residual = _cut(a, b, settings)
+        (a, b), gone, total = lowrank.truncated(a, b, settings.rank, settings.energy)
+        residual = gone / total if total else 0.0
     lengths = rows_of(
         weight, lambda w, i, j: np.linalg.norm((1 + g[i:j, None]) * w + b[i:j] @ a, axis=1)
     )
@@ -114,14 +114,3 @@ def merged(
 
     update = LowRank(held("a"), held("b"), 1.0)
     return replace(update, magnitude=held("m")), residual
-
-
-def _cut(a: Any, b: Any, settings: Settings) -> tuple[lowrank.Pair, float]:
-    def choose(values: Any) -> int:
-        most = min(settings.rank or len(values), len(values))
-        return most if settings.energy is None else rank_for(values**2, settings.energy)
-
-    pair, values = lowrank.cut(a, b, choose)
-    total = float((values**2).sum()) ** 0.5
-    gone = lowrank.lost(values, pair[0].shape[0])
-    return pair, gone / total if total else 0.0

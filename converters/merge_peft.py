@@ -44,10 +44,8 @@ def check(adapters: Sequence[Adapter]) -> None:
             raise Refused(adapter.path, what)
 
 
-def merged(
-    settings: Settings, parts: Sequence[Part], rng: Any, count: int
-) -> tuple[lowrank.Pair, float]:
-    """((a, b), scale) of one module; ``count`` adapters are merged in all (of one: linear)."""
+def merged(settings: Settings, parts: Sequence[Part], rng: Any, count: int) -> lowrank.Pair:
+    """(a, b) of one module; ``count`` adapters are merged in all (of one: linear)."""
     import numpy as np
 
     name = settings.method.removeprefix("peft-") if count > 1 else "linear"
@@ -56,12 +54,12 @@ def merged(
         for u, w in parts
     ]
     if name == "cat":
-        return lowrank.added([(f * a, b) for a, b, f in pairs]), 1.0
+        return lowrank.added([(f * a, b) for a, b, f in pairs])
     if name == "svd":
         a, b = lowrank.added([(a, f * b) for a, b, f in pairs])
         rank = settings.rank or max(u.rank for u, _ in parts)
         left, values, right = lowrank.svd(a, b, lambda v: min(rank, len(v)))
-        return (right, left * values[: left.shape[1]]), 1.0
+        return right, left * values[: left.shape[1]]
     ranks = {u.rank for u, _ in parts}
     if len(ranks) > 1:
         what = (
@@ -75,7 +73,7 @@ def merged(
     for tensors, weights in (([p[0] for p in pairs], signed), ([p[1] for p in pairs], roots)):
         kept = np.stack([prune(t, settings.density or 1.0, rng) for t in tensors])
         sides.append(combine(kept, np.array(weights)[:, None, None], settings.sign))
-    return (sides[0], sides[1]), 1.0
+    return sides[0], sides[1]
 
 
 def _all(values: Any, density: float, rng: Any) -> Any:

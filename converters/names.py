@@ -17,6 +17,8 @@ from loraduct.architectures import Rule, renamed, renamer, rules_for, table
 from loraduct.computed import joined, moved, part, reshaped, resized, stacked
 from loraduct.errors import Refused
 from loraduct.formats import mlx_lists
+from loraduct.formats.base import Base
+from loraduct.formats.experts import zero_experts
 from loraduct.modules import pattern_of
 from loraduct.tensor import Tensor, same
 from loraduct.text import printable
@@ -29,6 +31,21 @@ _IN_ROWS = (
     " matrix past PEFT's layer; leave it out with --exclude"
 )
 Joined = dict[str, int]  # name of what was made of two updates -> rank of the first
+
+
+def for_base(
+    adapter: Adapter,
+    naming: str,
+    base: Base | None,
+    file: Path | None = None,
+    name_map: Mapping[str, str] | None = None,
+) -> tuple[Adapter, Joined, str | None]:
+    """`rename` by what ``base`` is, if one is given; ``file``: what messages name instead of it."""
+    if base is None or adapter.naming == naming:
+        return rename(adapter, naming, None, file or adapter.weights, name_map)
+    file = file or base.path / "config.json"
+    zeros = zero_experts(base.text_config)
+    return rename(adapter, naming, base.architecture, file, name_map, zeros)
 
 
 def rename(

@@ -41,7 +41,7 @@ def neutral(adapter: Adapter, base: Base, wanted: Wanted = EXACT) -> Adapter:
         kept, _ = approximate(adapter, dict(adapter.updates), wanted)
         adapter = replace(adapter, updates=kept)
     given = adapter.naming
-    adapter = names.rename(adapter, "hf", base.model_type, base.path / "config.json", None)[0]
+    adapter = names.for_base(adapter, "hf", base)[0]
     for problem in wrong_experts(adapter, base):
         raise problem
     return peft_writer.reachable(untie(adapter, base)) if given == "mlx" else adapter

@@ -178,7 +178,7 @@ def _approximated(adapter: Adapter, base: Base, embedding: str | None, head: str
 
 def _embedding_of(adapter: Adapter, base: Base) -> str:
     """What transformers calls the embedding that the head is tied to."""
-    known = table().get(base.model_type)
+    known = table().get(base.architecture)
     patterns = [*known.by_hf, *known.blocked] if known else []
     found = [p for p in patterns if "{}" not in p and kind_of_module(p) == "embedding"]
     if not found:

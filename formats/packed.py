@@ -10,11 +10,14 @@ quantize_activations (config.json) linear layers become QQLinear, which to_lora 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from loraduct.adapter import Adapter, LowRank, Note
 from loraduct.errors import Refused
 from loraduct.formats import mlx_lists
-from loraduct.formats.base import Base
+
+if TYPE_CHECKING:
+    from loraduct.formats.base import Base
 
 _ODD_BITS = re.compile(r"(?<!\d)([356])[-_ ]?bit", re.IGNORECASE)
 _WAY_OUT = "use a base of 2, 4 or 8 bits, or one that is not packed"

@@ -48,7 +48,7 @@ def has_form(base: Base) -> bool:
     The table is derived with heads that aren't tied, so it lists the head just where mlx-lm has
     one; gemma, gemma2, cohere, gpt2, lfm2 always use the embedding.
     """
-    known = table().get(base.model_type)
+    known = table().get(base.architecture)
     return known is not None and bool(_heads(known))
 
 
@@ -63,7 +63,7 @@ def plan(base: Base) -> Untied:
         raise Refused(
             base.path / CONFIG, "tie_word_embeddings is false already: leave --untie-base out"
         )
-    known = table().get(base.model_type)
+    known = table().get(base.architecture)
     if known is None or not has_form(base):
         why = known.blocked.get("lm_head") if known else None
         raise Refused(

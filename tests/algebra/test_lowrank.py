@@ -42,7 +42,7 @@ def test_truncation_loses_what_eckart_and_young_say(
     shape: tuple[int, int, int, int], rank: int, dull: bool
 ) -> None:
     a, b = pair(*shape, dull=dull)
-    (a2, b2), said = lowrank.truncated(a, b, rank)
+    (a2, b2), said, _ = lowrank.truncated(a, b, rank)
     dense = b @ a
     best = float((np.linalg.svd(dense, compute_uv=False)[rank:] ** 2).sum() ** 0.5)
     found = float(np.linalg.norm(dense - b2 @ a2))
@@ -89,11 +89,11 @@ def test_small_angles_keep_their_digits() -> None:
 def test_experts_are_handled_one_by_one() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(3, 5, 30)), rng.normal(size=(3, 40, 5))
-    (a2, b2), said = lowrank.truncated(a, b, 2)
+    (a2, b2), said, _ = lowrank.truncated(a, b, 2)
     each = [lowrank.truncated(a[e], b[e], 2) for e in range(3)]
-    for e, ((a1, b1), _) in enumerate(each):
+    for e, ((a1, b1), *_) in enumerate(each):
         assert np.allclose(b2[e] @ a2[e], b1 @ a1)
-    assert said == pytest.approx(sum(s**2 for _, s in each) ** 0.5)
+    assert said == pytest.approx(sum(s**2 for _, s, _ in each) ** 0.5)
 
 
 def test_ill_conditioned_factors_do_not_go_by_their_gram_matrix() -> None:
@@ -113,7 +113,7 @@ def test_ill_conditioned_factors_do_not_go_by_their_gram_matrix() -> None:
 
 def test_nothing_has_no_norm_and_no_space() -> None:
     a, b = np.zeros((3, 9)), np.ones((7, 3))
-    (a2, b2), said = lowrank.truncated(a, b, 2)
+    (a2, b2), said, _ = lowrank.truncated(a, b, 2)
     assert not (b2 @ a2).any()
     assert said == 0
     assert lowrank.spaces(a, b)[0].shape == (7, 0)

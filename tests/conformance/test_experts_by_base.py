@@ -204,3 +204,24 @@ def test_experts_without_effect(
     one, two = (aligned(read(f, ReadOptions()), bases.read(folder), None) for f in (source, there))
     assert one.keys() == two.keys()
     assert all(compare(n, one[n], two[n], bases.read(folder)).fits for n in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "parameters"),
+    [
+        (WITHOUT, ["input_linear", "output_linear"], []),
+        ("granitemoehybrid", ["shared_mlp.input_linear"], ["block_sparse_moe.experts.down_proj"]),
+    ],
+)
+def test_builders_name_modules_as_convert_does(
+    saved: Any, base: Any, convert: Convert, name: str, targets: list[str], parameters: list[str]
+) -> None:
+    """merge, fuse and package take MLX adapters by the same entry of the table."""
+    from loraduct.converters.neutral import neutral
+    from loraduct.formats import base as base_folder
+    from loraduct.formats import read
+
+    source = saved(name, targets, parameters)
+    there = convert(source, "mlx", "--base", base(name).hf)
+    found = neutral(read(there), base_folder.read(base(name).hf))
+    assert found.low_rank.keys() == read(source).low_rank.keys()
