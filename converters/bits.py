@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraduct.converters import kmeans
-from loraduct.converters.coded import coded
+from loraduct.converters import kmeans, palettize
+from loraduct.converters.coded import Weights, coded
+from loraduct.converters.palette import Options
 from loraduct.errors import Refused
 
+SAMPLE = 1 << 15  # numbers by which groups are compared
 STATES = 20_000  # partial plans kept by the exact search, at most
 
 
@@ -44,12 +46,39 @@ class Plan:
 
 
 def estimates(
-    weight: Any, widths: Sequence[int], *, bf16: bool = False, name: str | None = None
+    weight: Any,
+    widths: Sequence[int],
+    *,
+    bf16: bool = False,
+    importance: Any = None,
+    name: str | None = None,
 ) -> dict[int, float]:
-    """Squared error of the best table per tensor at each width, from the histogram alone."""
-    code = coded(weight, bf16=bf16, name=name)
+    """Squared error of the best table per tensor at each width, from the histogram alone.
+
+    ``importance``: see `palettize.palettize`.
+    """
+    along = palettize.per_axis(tuple(weight.shape), importance, name)
+    weights = None if along is None else Weights.of_axes(along, 0)
+    code = coded(weight, bf16=bf16, weights=weights, name=name)
     points = kmeans.points([(code.values, code.counts)])
     return {bits: float(kmeans.cluster(points, 1 << bits, quick=True)[1][0]) for bits in widths}
+
+
+def sampled(
+    weight: Any, options: Sequence[Options], *, importance: Any = None, name: str | None = None
+) -> list[float]:
+    """The squared error of tables for groups of rows, each estimated on evenly spread groups."""
+    import numpy as np
+
+    high, found = len(weight), []
+    for one in options:
+        group = one.group or high
+        count = max(1, min(high // group, SAMPLE * high // (weight.size * group)))
+        firsts = np.linspace(0, high // group - 1, count).astype(int) * group
+        rows = np.concatenate([weight[at : at + group] for at in firsts])
+        made = palettize.palettize(rows, one, importance=importance, name=name)
+        found.append(made.error * high / len(rows))
+    return found
 
 
 def plan(

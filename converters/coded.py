@@ -141,8 +141,8 @@ def _of_halves(flat: Any, bf16: bool, weights: Weights | None, name: str | None)
     values = code_values(bf16)
     counts[0] += counts[0x8000]  # -0.0
     counts[0x8000] = 0
-    found = np.flatnonzero(counts)
-    _finite(values[found], name)
+    found = np.flatnonzero(counts > 0)  # of bools it is far quicker
+    finite(values[found], name)
     found = found[np.argsort(values[found])]
     position = np.zeros(_CODES, np.intp)
     position[found] = np.arange(len(found))
@@ -154,7 +154,7 @@ def _of_floats(flat: Any, weights: Weights | None, name: str | None) -> Coded:
     import numpy as np
 
     low, high = flat.min(), flat.max()  # NaN spreads
-    _finite(np.array([low, high]), name)
+    finite(np.array([low, high]), name)
     if flat.size > _CODES:
         codes, values = _bins(flat, float(low), float(high))
         if len(values) > _FEW:
@@ -193,7 +193,8 @@ def _bins(flat: Any, low: float, high: float) -> tuple[Any, Any]:
     return keys, values[order]
 
 
-def _finite(values: Any, name: str | None) -> None:
+def finite(values: Any, name: str | None) -> None:
+    """Raises Refused for NaN and Inf."""
     import numpy as np
 
     if not np.isfinite(values).all():

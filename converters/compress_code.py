@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from loraduct.converters import palette, palettize, quantize
 from loraduct.converters.compress_sites import NEW, OLD, Weight
 from loraduct.errors import Refused
 from loraduct.formats.coreml.blob import ALIGN, CODES
-from loraduct.formats.coreml.edit import FILE
+from loraduct.formats.coreml.package import WEIGHTS_NAME
 from loraduct.formats.coreml.program import (
     blob_value,
     immediate_value,
@@ -28,24 +29,45 @@ from loraduct.formats.coreml.schema import new
 from loraduct.packing import packed
 
 INLINE = 10  # fewer values than that are in the program itself, as coremltools has it
-TOGETHER = 1 << 26  # numbers of tensors that are clustered together, at most
-BLOCK = 1 << 22  # numbers expanded or packed at once
+TOGETHER = 1 << 23  # numbers of tensors that are clustered together, at most
+AHEAD = 1 << 26  # numbers of tensors that are being encoded, or wait to be written
+BLOCK = 1 << 22  # numbers packed at once
+_PIECE = 1 << 16  # numbers expanded at once: numpy widens their indices to eight bytes
 _SCALED = "_unscaled"  # name of what a scale is applied to
 
 
 @dataclass(frozen=True)
 class Way:
     """``kind`` lut or int, of ``bits``. ``group``: channels per table, or input channels per scale;
-    0: one table, or a scale per channel. ``scaled``: with a scale per channel behind the table."""
+    0: one table, or a scale per channel.
+
+    Of tables: ``scaled``, with a scale per channel behind the table; ``lut``, how entries are found
+    (kmeans, uniform, unique); ``cluster_dim``, numbers per entry; ``axis``, along which channels form
+    groups and numbers form entries (0: outputs, 1: inputs). Of integers: ``symmetric``, without
+    offsets; ``whole``, one scale for the tensor.
+    """
 
     kind: str
     bits: int
     group: int = 0
     scaled: bool = False
+    lut: str = "kmeans"
+    cluster_dim: int = 1
+    axis: int = 0
+    symmetric: bool = True
+    whole: bool = False
 
     def __str__(self) -> str:
-        many = f", groups of {self.group}" if self.group else ""
-        return f"{self.kind}{self.bits}{many}{', scaled' if self.scaled else ''}"
+        said = {
+            f"groups of {self.group}": self.group > 0,
+            "of inputs": self.axis == 1,
+            f"pairs along axis {self.axis}": self.cluster_dim == 2,
+            self.lut: self.lut != "kmeans",
+            "scaled": self.scaled,
+            "one scale": self.whole,
+            "with offsets": not self.symmetric,
+        }
+        return ", ".join([f"{self.kind}{self.bits}", *(what for what, so in said.items() if so)])
 
 
 @dataclass(frozen=True)
@@ -76,14 +98,33 @@ def unfit(weight: Weight, way: Way, form: str) -> str | None:
         "several tables": way.kind == "lut" and way.group > 0,
         "blocks": way.kind == "int" and way.group > 0,
         "scales of tables": way.scaled,
+        "entries of several numbers": way.cluster_dim > 1,
     }
     for what, so in older.items():
         if form == OLD and so:
             raise Refused(None, f"{way}: {what} need iOS18; the package is for an older system")
-    axis = 0 if way.kind == "lut" else 1
-    if way.group and weight.shape[axis] % way.group:
-        return f"{weight.shape[axis]} channels, no multiple of {way.group}"
+    _consistent(way)
+    axis = way.axis if way.kind == "lut" else 1
+    for step in (way.group, way.cluster_dim):
+        if step and weight.shape[axis] % step:
+            return f"{weight.shape[axis]} channels, no multiple of {step}"
     return None
+
+
+def _consistent(way: Way) -> None:
+    """Raises Refused for what contradicts itself, whatever the tensor."""
+    several = way.cluster_dim > 1
+    wrong = {
+        "entries have 1 or 2 numbers": way.cluster_dim not in (1, 2),
+        "groups lie along axis 0 or 1": way.axis not in (0, 1),
+        "entries of several numbers are found by kmeans, without scales": several
+        and (way.scaled or way.lut != "kmeans"),
+        f"groups of {way.group} don't hold whole entries": way.group % way.cluster_dim,
+        "a scale for the tensor leaves no groups": way.whole and way.group > 0,
+    }
+    for what, so in wrong.items():
+        if so:
+            raise Refused(None, f"{way}: {what}")
 
 
 def arguments(weight: Weight, way: Way, form: str) -> list[Argument]:
@@ -92,24 +133,27 @@ def arguments(weight: Weight, way: Way, form: str) -> list[Argument]:
     ones = (1,) * (rank - 1)
     if way.kind == "int":
         if form == OLD:
+            scales: tuple[int, ...] = () if way.whole else (rows,)
             return [
                 Argument("quantized_data", "INT8", shape),
-                Argument("scale", weight.dtype, (rows,)),
-                Argument("zero_point", "INT8", (rows,)),
+                Argument("scale", weight.dtype, scales),
+                Argument("zero_point", "INT8", scales),
             ]
         blocks = (shape[1] // way.group, *ones[1:]) if way.group else ones
-        return [
-            Argument("data", f"INT{way.bits}", shape),
-            Argument("scale", weight.dtype, (rows, *blocks)),
-        ]
+        scales = (1 if way.whole else rows, *blocks)
+        kind = f"INT{way.bits}"
+        given = [Argument("data", kind, shape), Argument("scale", weight.dtype, scales)]
+        return given if way.symmetric else [*given, Argument("offset", kind, scales)]
     entries = 1 << way.bits
     if form == OLD:
         count = -(-weight.count * way.bits // 8)
         return [Argument("indices", "UINT8", (count,)), Argument("lut", weight.dtype, (entries,))]
-    tables = rows // way.group if way.group else 1
+    tables, chosen = [1] * rank, list(shape)
+    tables[way.axis] = shape[way.axis] // way.group if way.group else 1
+    chosen[way.axis] //= way.cluster_dim
     found = [
-        Argument("indices", f"UINT{way.bits}", shape),
-        Argument("lut", weight.dtype, (tables, *ones, entries, 1)),
+        Argument("indices", f"UINT{way.bits}", tuple(chosen)),
+        Argument("lut", weight.dtype, (*tables, entries, way.cluster_dim)),
     ]
     scale = [Argument("scale", weight.dtype, (rows, *ones))]
     return found + (scale if way.scaled else [])
@@ -122,64 +166,110 @@ def stored_bytes(weight: Weight, way: Way | None, form: str) -> int:
     return sum(a.stored for a in arguments(weight, way, form))
 
 
-def coded(
-    items: Iterable[tuple[Weight, Way, Any]], threads: int
-) -> Iterator[palette.Palette | quantize.Linear]:
-    """The tensors (weight, way, how to read its values) in few bits, in order.
+@dataclass(frozen=True)
+class Item:
+    """A tensor to be encoded. ``read`` gives its values; ``importance`` (input channels,), what
+    squared errors count, for tables."""
 
-    Neighbours with one table each are clustered together, as long as they are small.
+    weight: Weight
+    way: Way
+    read: Callable[[], Any]
+    importance: Any = None
+
+
+Found = palette.Palette | quantize.Linear
+
+
+def coded(items: Iterable[Item], threads: int) -> Iterator[tuple[Found, int]]:
+    """The tensors in few bits and the digests of what they stand for, in order.
+
+    As many are encoded side by side as there are threads, while others wait to be written; small
+    neighbours with one table each are clustered together.
     """
-    batch: list[tuple[Weight, Way, Any]] = []
+    waiting: deque[tuple[Future[list[tuple[Found, int]]], int]] = deque()
+    held, pool = 0, ThreadPoolExecutor(threads)
+    try:
+        for batch in _batches(items):
+            size = sum(item.weight.count for item in batch)
+            while waiting and held + size > AHEAD:
+                first, count = waiting.popleft()
+                yield from _taken(first)
+                held -= count
+            waiting.append((pool.submit(_batch, batch), size))
+            held += size
+        while waiting:
+            yield from _taken(waiting.popleft()[0])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _taken(future: Future[list[tuple[Found, int]]]) -> Iterator[tuple[Found, int]]:
+    """What a batch gave, each tensor forgotten here once it is handed out."""
+    found = future.result()
+    del future
+    found.reverse()
+    while found:
+        yield found.pop()
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     for item in items:
         if batch and not _beside(batch, item):
-            yield from _batch(batch, threads)
+            yield batch
             batch = []
         batch.append(item)
     if batch:
-        yield from _batch(batch, threads)
+        yield batch
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items; the next one is made in another thread while one is worked on."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
-            del item
+def _beside(batch: Sequence[Item], item: Item) -> bool:
+    """Whether a tensor is clustered with those of a batch."""
+    first, way = batch[0], item.way
+    alike = way == first.way and item.weight.dtype == first.weight.dtype
+    plain = replace(way, bits=0) == Way("lut", 0) and item.importance is None
+    size = sum(i.weight.count for i in [*batch, item])
+    return alike and plain and first.importance is None and size <= TOGETHER and (
+        len(batch) < palettize.TOGETHER
+    )  # fmt: skip
 
 
-def _beside(batch: Sequence[tuple[Weight, Way, Any]], item: tuple[Weight, Way, Any]) -> bool:
-    first, way = batch[0][:2]
-    alike = item[1] == way and item[0].dtype == first.dtype and way.kind == "lut"
-    size = sum(w.count for w, _, _ in [*batch, item])
-    return alike and size <= TOGETHER and len(batch) < palettize.TOGETHER
-
-
-def _batch(batch: Sequence[tuple[Weight, Way, Any]], threads: int) -> Iterator[Any]:
-    weight, way, read = batch[0]
-    kind = weight.dtype.lower()
+def _batch(batch: Sequence[Item]) -> list[tuple[Found, int]]:
+    first = batch[0]
+    way, name, kind = first.way, first.weight.name, first.weight.dtype.lower()
     if way.kind == "int":
-        how = "block" if way.group else "channel"
-        wanted = quantize.Options(way.bits, granularity=how, block=way.group or 32, scale=kind)
-        yield quantize.quantize(read(), wanted, name=weight.name)
-        return
-    options = palette.Options(way.bits, group=way.group, scaled=way.scaled, lut=kind)
-    if len(batch) == 1:
-        yield palettize.palettize(read(), options, threads=threads, name=weight.name)
-        return
-    tensors = ((w.name, read()) for w, _, read in batch)
-    for _, found in palettize.palettize_all(tensors, options, threads=threads):
-        yield found
+        made: list[Found] = [quantize.quantize(first.read(), linear(way, kind), name=name)]
+    elif len(batch) == 1:
+        given = first.importance
+        made = [palettize.palettize(first.read(), tables(way, kind), importance=given, name=name)]
+    else:
+        tensors = ((item.weight.name, item.read()) for item in batch)
+        made = [found for _, found in palettize.palettize_all(tensors, tables(way, kind))]
+    return [(found, digest(found)) for found in made]
 
 
-def digest(found: palette.Palette | quantize.Linear) -> int:
+def tables(way: Way, kind: str) -> palette.Options:
+    """What the engine is asked for. ``kind``: dtype of entries."""
+    return palette.Options(
+        way.bits, way.lut, way.group, way.axis, vector=way.cluster_dim, scaled=way.scaled, lut=kind
+    )
+
+
+def linear(way: Way, kind: str) -> quantize.Options:
+    """The same for integers."""
+    how = "tensor" if way.whole else "block" if way.group else "channel"
+    return quantize.Options(
+        way.bits, symmetric=way.symmetric, granularity=how, block=way.group or 32, scale=kind
+    )
+
+
+def digest(found: Found) -> int:
     """A checksum of the values that a code stands for, a few rows at a time."""
     codes = found.indices if isinstance(found, palette.Palette) else found.data
-    step = max(1, BLOCK * len(codes) // max(codes.size, 1))
-    if isinstance(found, palette.Palette):
-        step = -(-step // found.group) * found.group if len(found.lut) > 1 else step
+    step = max(1, _PIECE * len(codes) // max(codes.size, 1))
+    if isinstance(found, palette.Palette) and found.axis == 0 and len(found.lut) > 1:
+        rows = found.group // found.vector
+        step = -(-step // rows) * rows
     total = 0
     for at in range(0, len(codes), step):
         part = _rows(found, at, min(at + step, len(codes)))
@@ -189,21 +279,23 @@ def digest(found: palette.Palette | quantize.Linear) -> int:
 
 
 def _rows(found: Any, begin: int, end: int) -> Any:
-    """A code of some rows of the tensor alone."""
+    """A code of some rows of the tensor alone; ``begin`` and ``end`` count rows of codes."""
     part = slice(begin, end)
     if isinstance(found, quantize.Linear):
+        if len(found.scale) == 1:
+            return replace(found, data=found.data[part])
         offset = None if found.offset is None else found.offset[part]
         return replace(found, data=found.data[part], scale=found.scale[part], offset=offset)
-    several = len(found.lut) > 1
-    group = found.group if several else end - begin
-    return replace(
-        found,
-        indices=found.indices[part],
-        lut=found.lut[begin // group : end // group] if several else found.lut,
-        group=group,
-        shape=(end - begin, *found.shape[1:]),
-        scale=None if found.scale is None else found.scale[part],
-    )
+    each = found.vector if found.axis == 0 else 1  # rows of the tensor per row of indices
+    rows = slice(begin * each, end * each)
+    scale = None if found.scale is None else found.scale[rows]
+    shape = ((end - begin) * each, *found.shape[1:])
+    part_of = replace(found, indices=found.indices[part], shape=shape, scale=scale)
+    if found.axis:
+        return part_of
+    if len(found.lut) == 1:
+        return replace(part_of, group=shape[0])
+    return replace(part_of, lut=found.lut[rows.start // found.group : rows.stop // found.group])
 
 
 def values_of(found: Any, weight: Weight, form: str) -> dict[str, Any]:
@@ -234,7 +326,7 @@ def pieces(values: Any, dtype: str) -> Iterator[Any]:
 def value(argument: Argument, offset: int | None, values: Any) -> Any:
     """An argument's Value: in the weight file, or in the program."""
     if offset is not None:
-        return blob_value(argument.dtype, argument.shape, offset, FILE)
+        return blob_value(argument.dtype, argument.shape, offset, WEIGHTS_NAME)
     return immediate_value(argument.dtype, values.reshape(argument.shape))
 
 
@@ -250,6 +342,8 @@ def rewritten(op: Any, weight: Weight, way: Way, form: str, given: dict[str, Any
         return [_operation(kind, name, op, attributes={**given, **fixed})]
     if way.kind == "int":
         return [_operation("blockwise_shift_scale", name, op, inputs=given)]
+    if way.cluster_dim > 1:
+        given = {**given, "vector_axis": immediate_value("INT32", _int(way.axis))}
     if not way.scaled:
         return [_operation("lut_to_dense", name, op, inputs=given)]
     inner = mangled(f"{name}{_SCALED}")

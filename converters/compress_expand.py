@@ -18,7 +18,7 @@ from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import CODES, Layout
 from loraduct.formats.coreml.constexpr import expanded, is_compressed, parts_of
-from loraduct.formats.coreml.package import Package, read
+from loraduct.formats.coreml.package import WEIGHTS_NAME, Package, read
 from loraduct.formats.coreml.program import (
     blob_value,
     const,
@@ -123,7 +123,9 @@ def _placed(package: Package, one: _Constant, layout: Layout) -> Row:
     if count < INLINE:
         value = immediate_value(dtype, expanded(package, one.op, one.by_name))
     elif dtype in CODES:
-        value = blob_value(dtype, sizes, layout.add(dtype, count, _values(package, one)), edit.FILE)
+        value = blob_value(
+            dtype, sizes, layout.add(dtype, count, _values(package, one)), WEIGHTS_NAME
+        )
     else:
         raise Refused(package.spec_path, f"is a compressed {dtype}", tensor=out.name)
     for block, at in one.made:

@@ -9,10 +9,12 @@ stand for the values that were meant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraduct.converters import compress_code as code
+from loraduct.converters import compress_curve
 from loraduct.converters import compress_plan as plans
 from loraduct.converters.compress_expand import decompress
 from loraduct.converters.compress_report import Report
@@ -22,6 +24,7 @@ from loraduct.converters.compress_sites import (
     Weight,
     compressed_in,
     form_of,
+    importance,
     weights,
 )
 from loraduct.converters.compress_wanted import Wanted
@@ -62,6 +65,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
     if not plan.ways:
         why = sorted({w.reason or "" for w in held})
         raise Refused(target, f"holds nothing to compress ({'; '.join(why) or 'no weights'})")
+    report.weighted = len(plan.importance)
     if plan.errors:
         report.choices = plans.shown(held, plan, form)
     if output is None:
@@ -69,7 +73,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
         report.after = report.before + sum(r.after - r.before for r in report.rows)
         return report
     _note(report, found, ways, whole)
-    write(package, found, held, plan, form, report)
+    write(package, found, held, plan, form, report, plan.importance)
     if wanted.size is not None and report.after > wanted.size:
         report.notes.append(f"{report.after - wanted.size} bytes more than --size")
     return report
@@ -88,13 +92,18 @@ def _planned(
     def values(weight: Weight) -> Any:
         return values_of(package, weight)
 
+    moments = wanted.calibration.moments if wanted.calibration else {}
     if wanted.size is None and wanted.bits_per_weight is None:
         plan = plans.fixed(held, ways, form)
         base = ways[BASE]
-        if report.output is None and base is not None and base.kind == "lut":
-            chosen = [w for w in held if w.offset in plan.ways]
-            more = plans.estimated(chosen, form, values)
+        chosen = [w for w in held if w.offset in plan.ways]
+        if report.output is None and base is not None and plans.by_rows(base):
+            ways_of = [replace(base, bits=b) for b in plans.widths(form)]
+            more = plans.estimated(chosen, ways_of, form, values, moments)
             plan.errors, plan.norms = more.errors, more.norms
+        plan.importance = importance(
+            [w for w in chosen if plan.ways[w.offset].kind == "lut"], moments
+        )
         return plan
     of_adapters = plans.fixed([w for w in held if w.group == ADAPTER], ways, form)
     rest = report.before + sum(TEXT * len(w.users) for w in held if w.reason is None)
@@ -105,7 +114,11 @@ def _planned(
             rest += code.stored_bytes(w, of_adapters.ways.get(w.offset), form)
     plan = plans.budgeted(held, wanted, form, values, rest)
     plan.ways |= of_adapters.ways
-    report.exact = plan.exact
+    own = [w for w in held if w.offset in of_adapters.ways]
+    plan.importance |= importance(own, moments)
+    report.exact, report.predicted = plan.exact, plan.predicted
+    points = [(n, 8 * n / plan.count, n + rest, error) for n, error in plan.curve if plan.count]
+    report.curve = compress_curve.thinned(points)
     return plan
 
 

@@ -7,28 +7,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loraduct.converters import bits
-from loraduct.converters.compress_code import Way, stored_bytes, unfit
+from loraduct.converters import bits, palette, palettize
+from loraduct.converters.compress_code import Way, stored_bytes, tables, unfit
 from loraduct.converters.compress_report import kind_of
-from loraduct.converters.compress_sites import ADAPTER, BASE, OLD, Weight
-from loraduct.converters.compress_wanted import PALETTES, Wanted
+from loraduct.converters.compress_sites import ADAPTER, BASE, OLD, Weight, importance
+from loraduct.converters.compress_wanted import PALETTES, Calibration, Wanted
 from loraduct.errors import Refused
 from loraduct.text import size as shown_size
 
 SMALLEST = 64  # numbers; fewer are never worth a table
-_FULL = 16  # the width that stands for "as it is"
+GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
+PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
 _OLD_BITS = (1, 2, 4, 6, 8)
 _CHUNK = 1 << 18
+Read = Callable[[Weight], Any]
 
 
 @dataclass
 class Plan:
-    """A way for each tensor that gets one. ``errors``: squared, estimated, by tensor and width;
-    ``norms``: squared, by tensor. ``exact``: see `loraduct.converters.bits.Plan`."""
+    """A way for each tensor that gets one. ``errors``: squared, estimated, by tensor and way;
+    ``norms``: squared, by tensor; both of a layer's outputs where ``importance`` is known.
+
+    ``curve``: of a budget, (bytes of these tensors, error) of the best plans, smallest first; the
+    errors are squared, or with ``predicted`` the loss of the predictions (mean KL, nats) that is
+    expected if losses add up. ``exact``: see `loraduct.converters.bits.Plan`.
+    """
 
     ways: dict[int, Way] = field(default_factory=dict)
-    errors: dict[int, dict[int, float]] = field(default_factory=dict)
+    errors: dict[int, dict[Way, float]] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
+    importance: dict[int, Any] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    count: int = 0  # numbers in the tensors of the curve
+    predicted: bool = False
     exact: bool | None = None
 
 
@@ -39,14 +50,25 @@ def asked(wanted: Wanted) -> dict[str, Way | None]:
             known = ", ".join(map(str, PALETTES))
             raise Refused(None, f"{width} bits: tables have {known}")
     group = wanted.group_size or 0
-    if (wanted.per_channel_scale or group) and not (wanted.palettize or wanted.quantize):
-        what = "--per-channel-scale" if wanted.per_channel_scale else "--group-size"
-        raise Refused(
-            None, f"{what} goes with --palettize{'' if 'p' in what[:3] else ' or --quantize'}"
-        )
+    budget = wanted.size is not None or wanted.bits_per_weight is not None
+    forms = {
+        "--per-channel-scale": (wanted.per_channel_scale, wanted.palettize or budget, ""),
+        "--group-size": (group, wanted.palettize or wanted.quantize or budget, " or --quantize"),
+        "--lut": (wanted.lut != "kmeans", wanted.palettize, ""),
+        "--cluster-dim": (wanted.cluster_dim != 1, wanted.palettize, ""),
+        "--axis": (wanted.axis != 0, wanted.palettize, ""),
+    }
+    for what, (given, fits, other) in forms.items():
+        if given and not fits:
+            raise Refused(None, f"{what} goes with --palettize{other}")
+    if wanted.axis and not group and wanted.cluster_dim == 1:
+        raise Refused(None, "--axis says along which axis groups lie: give --group-size too")
     base = None
     if wanted.palettize is not None:
-        base = Way("lut", wanted.palettize, group, wanted.per_channel_scale)
+        base = Way(
+            "lut", wanted.palettize, group, wanted.per_channel_scale, wanted.lut,
+            wanted.cluster_dim, wanted.axis,
+        )  # fmt: skip
     elif wanted.quantize is not None:
         if wanted.quantize not in ("int8", "int4"):
             raise Refused(None, f"--quantize {wanted.quantize}: int8 or int4")
@@ -79,30 +101,44 @@ def _useless(weight: Weight, way: Way, form: str) -> str | None:
     return None
 
 
-def budgeted(
-    weights: Sequence[Weight], wanted: Wanted, form: str, read: Callable[[Weight], Any], rest: int
-) -> Plan:
-    """A width for each tensor of the base, so that all fit and the squared error is the least.
+def widths(form: str) -> tuple[int, ...]:
+    """Bits of tables that a form has."""
+    return _OLD_BITS if form == OLD else PALETTES
 
-    ``rest``: bytes of the package besides these tensors, of which --size speaks too. Raises Refused
-    for a budget that can't be met, with the least that can.
+
+def by_rows(way: Way) -> bool:
+    """Whether its error can be estimated on some of a tensor's rows."""
+    return way.kind == "lut" and way.axis == 0 and way.cluster_dim == 1 and way.lut != "unique"
+
+
+def candidates(wanted: Wanted, form: str) -> list[Way]:
+    """What a budget chooses among: all widths, and with a calibration how many rows share a table."""
+    if form == OLD:
+        return [Way("lut", width) for width in widths(form)]
+    groups: tuple[int, ...] = (wanted.group_size or 0,)
+    if wanted.group_size is None and wanted.calibration is not None:
+        groups = GROUPS
+    return [Way("lut", b, g, wanted.per_channel_scale) for g in groups for b in widths(form)]
+
+
+def budgeted(weights: Sequence[Weight], wanted: Wanted, form: str, read: Read, rest: int) -> Plan:
+    """A way for each tensor of the base, so that all fit and the error is the least.
+
+    The error is the sum of squares; with a calibration, of what it counts in the outputs, times how
+    much the predictions lose by that. ``rest``: bytes of the package besides these tensors, of which
+    --size speaks too. Raises Refused for a budget that can't be met, with the least that can.
     """
     free = [w for w in weights if w.group == BASE and w.reason is None and w.count >= SMALLEST]
-    plan = estimated(free, form, read)
-    choices = {}
-    for weight in free:
-        found = [
-            bits.Choice(width, stored_bytes(weight, Way("lut", width), form), error)
-            for width, error in plan.errors[weight.offset].items()
-        ]
-        full = bits.Choice(_FULL, stored_bytes(weight, None, form), 0.0)
-        choices[str(weight.offset)] = [*found, full]
+    known = candidates(wanted, form)
+    smallest = {w.offset: _fitting(w, known, form) for w in free}
+    least = sum(
+        min(stored_bytes(w, way, form) for way in [None, *smallest[w.offset]]) for w in free
+    )
     if wanted.size is not None:
         limit = wanted.size - rest
     else:
         assert wanted.bits_per_weight is not None
-        limit = bits.size_of({n: w.count for n, w in _named(free).items()}, wanted.bits_per_weight)
-    least = sum(min(c.nbytes for c in found) for found in choices.values())
+        limit = bits.size_of({str(w.offset): w.count for w in free}, wanted.bits_per_weight)
     if least > limit:
         count = sum(w.count for w in free)
         per = f"{math.ceil(800 * least / count) / 100:g} bits per weight" if count else "nothing"
@@ -110,58 +146,123 @@ def budgeted(
         asked_for = whole or f"--bits-per-weight {wanted.bits_per_weight:g}: "
         low = f"{least + rest} bytes" if wanted.size is not None else per
         raise Refused(None, f"{asked_for}the smallest possible is {low} ({len(free)} tensors)")
-    made = bits.plan(choices, limit)
+    moments = wanted.calibration.moments if wanted.calibration else {}
+    plan = estimated(free, known, form, read, moments)
+    counts: dict[int, float] = {}
+    if wanted.calibration is not None and wanted.calibration.loss is not None:
+        counts = sensitivities(free, plan, form, read, wanted.calibration)
+        plan.predicted = bool(counts)
+    choices = {}
     for weight in free:
-        width = made.widths[str(weight.offset)]
-        if width == _FULL:
+        errors = plan.errors[weight.offset]
+        found = [bits.Choice(i, stored_bytes(weight, way, form), e)
+                 for i, (way, e) in enumerate(errors.items())]  # fmt: skip
+        choices[str(weight.offset)] = [
+            *found, bits.Choice(-1, stored_bytes(weight, None, form), 0.0)
+        ]  # fmt: skip
+    made = bits.plan(choices, limit, importance={str(at): s for at, s in counts.items()})
+    for weight in free:
+        chosen = int(made.widths[str(weight.offset)])
+        if chosen < 0:
             weight.reason = "the budget holds it as it is"
         else:
-            plan.ways[weight.offset] = Way("lut", int(width))
-    plan.exact = made.exact
+            plan.ways[weight.offset] = list(plan.errors[weight.offset])[chosen]
+    plan.exact, plan.curve, plan.count = made.exact, made.curve, sum(w.count for w in free)
     return plan
 
 
-def _named(weights: Sequence[Weight]) -> dict[str, Weight]:
-    return {str(w.offset): w for w in weights}
+def _fitting(weight: Weight, ways: Sequence[Way], form: str) -> list[Way]:
+    return [way for way in ways if unfit(weight, way, form) is None]
 
 
-def estimated(weights: Sequence[Weight], form: str, read: Callable[[Weight], Any]) -> Plan:
-    """Errors of tables per tensor at each width that the package's opset has."""
-    plan, widths = Plan(), _OLD_BITS if form == OLD else PALETTES
+def estimated(
+    weights: Sequence[Weight],
+    ways: Sequence[Way],
+    form: str,
+    read: Read,
+    moments: Mapping[str, Any],
+) -> Plan:
+    """Errors of the ways that fit each tensor: of one table from the histogram, of others by sample."""
+    plan = Plan(importance=importance(weights, moments))
     for weight in weights:
-        values = read(weight)
-        plan.errors[weight.offset] = bits.estimates(values, widths, name=weight.name)
-        plan.norms[weight.offset] = squared(values)
+        values, counts = read(weight), plan.importance.get(weight.offset)
+        own = _fitting(weight, ways, form)
+        plain = [way for way in own if way == Way("lut", way.bits)]
+        rest = [way for way in own if way not in plain]
+        whole = bits.estimates(
+            values, [way.bits for way in plain], importance=counts, name=weight.name
+        ) if plain else {}  # fmt: skip
+        options = [tables(way, weight.dtype.lower()) for way in rest]
+        other = bits.sampled(values, options, importance=counts, name=weight.name)
+        found = {way: whole[way.bits] for way in plain} | dict(zip(rest, other, strict=True))
+        plan.errors[weight.offset] = {way: found[way] for way in own}
+        plan.norms[weight.offset] = squared(values, counts)
     return plan
 
 
-def squared(values: Any) -> float:
-    """The sum of squares."""
+def sensitivities(
+    weights: Sequence[Weight], plan: Plan, form: str, read: Read, calibration: Calibration
+) -> dict[int, float]:
+    """What the predictions lose per unit of each tensor's error: measured, tensor by tensor.
+
+    Each is changed alone, to what 4 bits make of it. A tensor that the text's run does not
+    show gets the median. Losses are those of small changes, where they are about proportional
+    to squared errors, and those of several tensors about add up.
+    """
+    assert calibration.loss is not None
+    found: dict[int, float] = {}
+    for weight in weights:
+        way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
+        made = palettize.palettize(
+            read(weight), tables(way, weight.dtype.lower()),
+            importance=plan.importance.get(weight.offset), name=weight.name,
+        )  # fmt: skip
+        lost = calibration.loss({weight.name: palette.expand(made)})
+        if lost is not None and made.error > 0:
+            found[weight.offset] = max(lost, 1e-12) / made.error
+    if not found:
+        return {}
+    usual = sorted(found.values())[len(found) // 2]
+    return {w.offset: found.get(w.offset, usual) for w in weights}
+
+
+def squared(values: Any, counts: Any = None) -> float:
+    """The sum of squares; ``counts``: what each channel of axis 1 counts."""
     import numpy as np
 
-    flat, total = values.reshape(-1), 0.0
-    for at in range(0, flat.size, _CHUNK):
-        wide = flat[at : at + _CHUNK].astype(np.float32)
-        total += float(np.einsum("i,i->", wide, wide))
+    rows, total = values.reshape(len(values), -1), 0.0
+    each = np.ones(1) if counts is None else np.repeat(counts, rows.shape[1] // len(counts))
+    step = max(1, _CHUNK // rows.shape[1])
+    for at in range(0, len(rows), step):
+        wide = rows[at : at + step].astype(np.float32)
+        total += float((np.einsum("ij,ij->j", wide, wide, dtype=np.float64) * each).sum())
     return total
 
 
 def shown(weights: Sequence[Weight], plan: Plan, form: str) -> list[list[str]]:
-    """Kinds of tensors x widths: bytes, relative error, and how many get that width."""
-    widths = sorted({b for found in plan.errors.values() for b in found})
+    """Kinds of tensors x widths: bytes, relative error, and how many get which way.
+
+    Of the ways of one width the one with fewest tables is shown.
+    """
+    first: dict[int, Way] = {}
+    for found in plan.errors.values():
+        for way in found:
+            first.setdefault(way.bits, way)
+    columns = sorted(first)
     kinds: dict[str, list[Weight]] = {}
     for weight in weights:
         if weight.offset in plan.errors:
             kinds.setdefault(kind_of(weight.name), []).append(weight)
-    rows = [["tensors", "count", *(f"{b} bits" for b in widths), "chosen"]]
+    rows = [["tensors", "count", *(f"{b} bits" for b in columns), "chosen"]]
     for kind, held in kinds.items():
         norm = sum(plan.norms[w.offset] for w in held)
         cells = []
-        for b in widths:
-            nbytes = sum(stored_bytes(w, Way("lut", b), form) for w in held)
-            error = sum(plan.errors[w.offset][b] for w in held)
+        for way in (first[b] for b in columns):
+            known = [w for w in held if way in plan.errors[w.offset]]
+            nbytes = sum(stored_bytes(w, way, form) for w in known)
+            error = sum(plan.errors[w.offset][way] for w in known)
             cells.append(f"{shown_size(nbytes)} {math.sqrt(error / norm) if norm else 0:.3f}")
-        taken = [plan.ways[w.offset].bits if w.offset in plan.ways else _FULL for w in held]
-        chosen = ", ".join(f"{taken.count(b)} x {b}" for b in sorted(set(taken)))
+        taken = [str(plan.ways.get(w.offset, "as it is")) for w in held]
+        chosen = "; ".join(f"{taken.count(way)} x {way}" for way in sorted(set(taken)))
         rows.append([kind, str(len(held)), *cells, chosen])
     return rows

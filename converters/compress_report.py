@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraduct.converters import compress_curve
 from loraduct.text import printable, several, size, table
 
 _NUMBERS = re.compile(r"(?<![A-Za-z])[0-9]+(?![A-Za-z])|(?<=[AB])[0-9]+")
@@ -63,6 +64,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
     choices: list[list[str]] = field(default_factory=list)  # a table, of --plan
     exact: bool | None = None  # of a budget: no plan of this size has less error
+    # of a budget: (bytes of its tensors, bits per weight, bytes of the package, error) of best plans
+    curve: list[tuple[int, float, int, float]] = field(default_factory=list)
+    predicted: bool = False  # the curve's errors are losses of the predictions (KL), else squares
+    weighted: int = 0  # tensors whose errors count by what their inputs are like
+    quality: list[Any] = field(default_factory=list)  # measured afterwards, by whoever can run it
 
     @property
     def bits(self) -> float:
@@ -70,6 +76,11 @@ class Report:
         made = [r for r in self.rows if r.way is not None]
         count = sum(math.prod(r.shape) for r in made)
         return 8 * sum(r.after for r in made) / count if count else math.nan
+
+    @property
+    def curve_error(self) -> str:
+        """What the curve's errors are."""
+        return "predicted KL" if self.predicted else "squared error"
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -82,6 +93,15 @@ class Report:
             "bits_per_weight": self.bits,
             "checked": self.checked,
             "optimal": self.exact,
+            "curve": [
+                dict(
+                    zip(("bytes", "bits_per_weight", "package_bytes", "error"), point, strict=True)
+                )
+                for point in self.curve
+            ],
+            "curve_error": self.curve_error,
+            "weighted_tensors": self.weighted,
+            "quality": [q.as_json() for q in self.quality],
             "tensors": [r.as_json() for r in self.rows],
             "notes": self.notes,
         }
@@ -91,9 +111,12 @@ class Report:
         where = str(self.output) if self.output else "nothing written (--plan)"
         out = [f"{printable(str(self.source), 300)} -> {printable(where, 300)}"]
         out += ["", *table(self.choices), ""] if self.choices else []
+        if self.output is None and self.curve:
+            out += [*compress_curve.lines(self.curve, self.curve_error), ""]
         made = [r for r in self.rows if r.way is not None]
+        error = "error" if not self.weighted else "error of outputs"
         if made:
-            out += table([["tensors", "how", "count", "before", "after", "error"], *_kinds(made)])
+            out += table([["tensors", "how", "count", "before", "after", error], *_kinds(made)])
         left = Counter((r.group, r.reason or "") for r in self.rows if r.way is None)
         for (group, reason), count in sorted(left.items(), key=lambda kv: -kv[1]):
             held = [
@@ -104,6 +127,7 @@ class Report:
             names = several(list(dict.fromkeys(map(kind_of, held))), 4)
             out.append(f"  left as it is: {count} of the {group} ({printable(reason)}): {names}")
         out += [f"  note: {printable(n, 600)}" for n in self.notes]
+        out += [f"  {q.line()}" for q in self.quality]
         if self.checked:
             out.append(f"  {self.checked} tensors read back from the file, as they were meant")
         bits = (

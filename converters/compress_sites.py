@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.compressible import left_alone
 from loraduct.errors import Refused
 from loraduct.formats.coreml.constexpr import is_compressed
-from loraduct.formats.coreml.edit import FILE, offsets_of
-from loraduct.formats.coreml.package import Package
+from loraduct.formats.coreml.edit import offsets_of
+from loraduct.formats.coreml.package import WEIGHTS_NAME, Package
 from loraduct.formats.coreml.program import blob_values, type_of
 from loraduct.tensor import Tensor
 from loraduct.text import printable
@@ -108,6 +108,20 @@ def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) 
     return [found[o] for o in sorted(found)]
 
 
+def importance(held: Sequence[Weight], moments: Mapping[str, Any]) -> dict[int, Any]:
+    """By offset, what errors of a weight count: one number per input channel, where it is known."""
+    found = {}
+    for weight in held:
+        for function, op in weight.users:
+            name = op.outputs[0].name
+            known = moments.get(f"{function}/{name}") if weight.group == ADAPTER else None
+            known = moments.get(name) if known is None and weight.group == BASE else known
+            if known is not None and weight.shape[1:] == known.shape:
+                found[weight.offset] = known
+                break
+    return found
+
+
 def tensor_of(package: Package, weight: Weight) -> Tensor:
     """Its values, lazily."""
     return package.blobs.tensor(weight.offset, weight.dtype, weight.shape, weight.name)
@@ -118,7 +132,7 @@ def constant(op: Any) -> Weight | None:
     if op.type != "const" or "val" not in op.attributes:
         return None
     value = op.attributes["val"]
-    if value.WhichOneof("value") != "blobFileValue" or value.blobFileValue.fileName != FILE:
+    if value.WhichOneof("value") != "blobFileValue" or value.blobFileValue.fileName != WEIGHTS_NAME:
         return None
     dtype, shape = type_of(value.type)
     sizes = tuple(n or 0 for n in shape)
@@ -131,14 +145,14 @@ def _elsewhere(package: Package, found: Mapping[int, Weight]) -> set[int]:
         return set()
     used: Counter[int] = Counter()
     for _, block in blocks_of(package):
-        used.update(v.offset for v in blob_values(block) if v.fileName == FILE)
+        used.update(v.offset for v in blob_values(block) if v.fileName == WEIGHTS_NAME)
     return {o for o, n in used.items() if o in found and n > len(found[o].users)}
 
 
 def references(package: Package) -> int:
     """How often the program refers to the usual weight file."""
     functions = package.functions.values()
-    return sum(f.SerializeToString().count(FILE.encode()) for f in functions)
+    return sum(f.SerializeToString().count(WEIGHTS_NAME.encode()) for f in functions)
 
 
 def _adapters_only(package: Package, record: Mapping[str, Any] | None) -> set[int]:

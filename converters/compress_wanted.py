@@ -8,7 +8,9 @@ existing ``output`` may be replaced is checked by them (``force``).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from loraduct.errors import Refused
@@ -20,13 +22,37 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What is measured on a text, when it is first asked for.
+
+    ``measure`` gives the `moments`, ``probe`` the `loss` (None: not to be had).
+    """
+
+    measure: Callable[[], Mapping[str, Any]]
+    probe: Callable[[], Callable[[Mapping[str, Any]], float | None]] | None = None
+
+    @cached_property
+    def moments(self) -> Mapping[str, Any]:
+        """E[x_j^2] of the inputs of each linear layer, (in,), by its weight's name as the target calls
+        it (an adapter's in a package: FUNCTION/WEIGHT)."""
+        return self.measure()
+
+    @cached_property
+    def loss(self) -> Callable[[Mapping[str, Any]], float | None] | None:
+        """What the predictions lose (mean KL, nats) with other values in the weights named; None where
+        there is no such weight."""
+        return self.probe() if self.probe is not None else None
+
+
+@dataclass(frozen=True)
 class Wanted:
     """One of ``palettize`` (bits), ``quantize`` (int8, int4; of bases
     mlx2 to mlx8), ``bits_per_weight``, ``size`` (bytes).
 
     ``adapter_bits``: of the factors of adapters, which are left as they are without it.
-    ``group_size``: channels per table; input channels per scale with ``quantize``. ``include``,
-    ``exclude``: regular expressions, searched in the names of tensors. ``force``: replace ``output``.
+    ``group_size``: channels per table; input channels per scale with ``quantize``. ``lut``,
+    ``cluster_dim``, ``axis``: of tables, see `compress_code.Way`. ``include``, ``exclude``: regular
+    expressions, searched in the names of tensors. ``force``: replace ``output``.
     Of bases alone: ``plain`` scales instead of searched ones, ``expanded`` weights.
     """
 
@@ -37,6 +63,10 @@ class Wanted:
     adapter_bits: int | None = None
     group_size: int | None = None
     per_channel_scale: bool = False
+    lut: str = "kmeans"
+    cluster_dim: int = 1
+    axis: int = 0
+    calibration: Calibration | None = None
     plain: bool = False
     expanded: bool = False
     include: str | None = None

@@ -6,12 +6,13 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraduct import files
 from loraduct.converters import compress_code as code
-from loraduct.converters.compress_plan import Plan, squared
+from loraduct.converters.compress_plan import Plan
 from loraduct.converters.compress_report import Report, Row
 from loraduct.converters.compress_sites import Weight, blocks_of, operations, references
 from loraduct.converters.package import size_of
@@ -19,7 +20,7 @@ from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import Layout
 from loraduct.formats.coreml.constexpr import expanded, parts_of
-from loraduct.formats.coreml.package import Package, read
+from loraduct.formats.coreml.package import WEIGHTS_NAME, Package, read
 
 THREADS = min(4, os.cpu_count() or 1)
 _NAN = float("nan")
@@ -33,11 +34,18 @@ def values_of(package: Package, weight: Weight) -> Any:
 class Encoder:
     """Tensors compressed one after the other, while their bytes are asked for.
 
-    ``given``: the arguments of each, by offset, once it was its turn.
+    ``importance``: by offset, what squared errors count, per input channel. ``given``: the arguments
+    of each, by offset, once it was its turn.
     """
 
     def __init__(
-        self, package: Package, chosen: Sequence[Weight], plan: Plan, form: str, layout: Layout
+        self,
+        package: Package,
+        chosen: Sequence[Weight],
+        plan: Plan,
+        form: str,
+        layout: Layout,
+        importance: Mapping[int, Any] | None = None,
     ) -> None:
         self.package, self.plan, self.form, self.chosen = package, plan, form, chosen
         self.norms: dict[int, float] = {}
@@ -45,18 +53,18 @@ class Encoder:
         self.digests: dict[int, int] = {}
         self.given: dict[int, dict[str, Any]] = {}
         self.now: dict[str, Any] = {}
-        items = ((w, plan.ways[w.offset], self._reader(w)) for w in chosen)
-        self.results = code.ahead(code.coded(items, THREADS))
+        known = importance or {}
+        self.results = code.coded(
+            (
+                code.Item(
+                    w, plan.ways[w.offset], partial(values_of, package, w), known.get(w.offset)
+                )
+                for w in chosen
+            ),
+            THREADS,
+        )
         for weight in chosen:
             self._lay_out(weight, layout)
-
-    def _reader(self, weight: Weight) -> Callable[[], Any]:
-        def values() -> Any:
-            found = values_of(self.package, weight)
-            self.norms[weight.offset] = squared(found)
-            return found
-
-        return values
 
     def _lay_out(self, weight: Weight, layout: Layout) -> None:
         """Places of the arguments; their bytes come when the file is written."""
@@ -77,9 +85,9 @@ class Encoder:
     def _next(self, weight: Weight, offsets: dict[str, int]) -> None:
         """The next tensor."""
         self.now = {}  # the last one's codes go before this one's come
-        found = next(self.results)
         at = weight.offset
-        self.digests[at], self.errors[at] = code.digest(found), found.error
+        found, self.digests[at] = next(self.results)
+        self.errors[at], self.norms[at] = found.error, found.norm
         self.now = code.values_of(found, weight, self.form)
         self.given[at] = {
             a.key: code.value(a, offsets.get(a.key), self.now.get(a.key))
@@ -94,13 +102,18 @@ def write(
     plan: Plan,
     form: str,
     report: Report,
+    importance: Mapping[int, Any] | None = None,
 ) -> None:
-    """The new package, checked, in its place; and what became of each tensor, into the report."""
+    """The new package, checked, in its place; and what became of each tensor, into the report.
+
+    ``importance``: see `Encoder`.
+    """
     assert report.output is not None
     layout = Layout()
     kept = [o for o in edit.used_blobs(package) if o not in plan.ways]
     moved = {o: layout.copy(package.blobs, o, "a weight") for o in kept}
-    encoder = Encoder(package, [w for w in held if w.offset in plan.ways], plan, form, layout)
+    chosen = [w for w in held if w.offset in plan.ways]
+    encoder = Encoder(package, chosen, plan, form, layout, importance)
 
     def program() -> bytes:
         _move(package, held, moved)
@@ -137,7 +150,11 @@ def _row(
 
 def planned(held: Sequence[Weight], plan: Plan, form: str) -> list[Row]:
     """What would become of each tensor, with the errors that were estimated."""
-    errors = {at: plan.errors[at][way.bits] for at, way in plan.ways.items() if at in plan.errors}
+    errors = {
+        at: plan.errors[at][way]
+        for at, way in plan.ways.items()
+        if way in plan.errors.get(at, ())
+    }
     return [_row(w, plan, form, errors, plan.norms) for w in held]
 
 
@@ -187,7 +204,7 @@ def copied(
     """A package's files, with other weights and then another program. Links are refused."""
     folder = files.resolved(package.path)
     spec = files.resolved(package.spec_path).relative_to(folder)
-    blobs = files.resolved(package.weight_path(edit.FILE)).relative_to(folder)
+    blobs = files.resolved(package.weight_path(WEIGHTS_NAME)).relative_to(folder)
     items = sorted(folder.rglob("*"))
     for item in items:
         if item.is_symlink():

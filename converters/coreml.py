@@ -34,7 +34,6 @@ from loraduct.tensor import FLOATS, Tensor
 
 BASE = "base"
 HALF = "F16"  # what every weight is stored in
-FILE = f"{package.MODEL_PATH}weights/{package.WEIGHT_FILE}"
 # target -> (specification version, opset); coremltools 9.0 `_deployment_compatibility.py`
 TARGETS = {"iOS18": (9, "CoreML8"), "iOS17": (8, "CoreML7")}
 CONTEXT = 2048  # positions a package holds unless told otherwise, or the model has fewer
@@ -81,7 +80,6 @@ def forms_of(options: Options, decoder: Decoder, file: Path, name: str = BASE) -
         opset=TARGETS[options.target][1],
         context=context,
         stateless=stateless,
-        fused_attention=options.target != "iOS17",
         inputs=kinds_of(decoder, options.max_rank) if options.max_rank else None,
     )
     if options.target == "iOS17":  # holds one function, of this name
@@ -137,12 +135,10 @@ def program(
     first = next(iter(forms.values()))
     layout = Layout()
     parts = Parts(tensors, layout)
-    missing: list[str] = []
 
     def find(name: str) -> tuple[tuple[int, ...], int] | None:
         found = parts.find(name)
         if found is None and not name.endswith(".bias"):
-            missing.append(name)
             raise Refused(base.path, f"has no weight {name}, which a {decoder.model_type} has")
         return found
 
@@ -150,7 +146,7 @@ def program(
     model = new("Model", specificationVersion=version)
     described = []
     for name, form in forms.items():
-        made, about = function(decoder, form, find, FILE, name)
+        made, about = function(decoder, form, find, package.WEIGHTS_NAME, name)
         model.mlProgram.functions[name].CopyFrom(made)
         described.append(about)
     model.mlProgram.version = 1

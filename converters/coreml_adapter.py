@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loraduct.account import Account
 from loraduct.adapter import Adapter, LowRank, Replacement
 from loraduct.errors import Refused
-from loraduct.formats.coreml.blob import ALIGN, Layout
+from loraduct.formats.coded import Code, Decoded, code_of, recoded
+from loraduct.formats.coreml.blob import ALIGN, CODES, Layout
+from loraduct.formats.coreml.coded import INLINE, arguments, operation_of
 from loraduct.formats.coreml.edit import HALF, Blob, Swap
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import mangled
-from loraduct.formats.coreml.stored import EMBEDDING, HEAD, PackageBase, Parts, tensor_of
+from loraduct.formats.coreml.stored import EMBEDDING, HEAD, PackageBase, Parts
+from loraduct.packing import packed
 from loraduct.tensor import UNIT_ROUNDOFF, Loss, Tensor, as_float32, from_float
 
 HALF_MAX, HALF_NORMAL = 65504.0, 2.0**-14
@@ -40,40 +45,53 @@ class Store:
         """``start``: where new blobs begin. ``others``: blobs that may serve again, and their ends."""
         self.package = package
         self.layout = Layout(start)
-        self._tensors: dict[int, Tensor] = {}
+        self._chunks: dict[int, Callable[[], Iterable[Any]]] = {}  # of new blobs
         self._of_size: dict[int, list[int]] = {}  # blobs not looked at yet
-        self._alike: dict[tuple[int, bytes], list[int]] = {}  # by size and first bytes
+        self._alike: dict[tuple[Any, ...], list[int]] = {}  # by dtype, size and first bytes
         for offset, end in others.items():
             self._of_size.setdefault(end - offset - ALIGN, []).append(offset)
 
     def put(self, tensor: Tensor) -> Blob:
         """The blob of a FLOAT16 tensor, which is written when the package is."""
-        size = tensor.nbytes
+        return Blob(self._placed(HALF, math.prod(tensor.shape), tensor.chunks), tensor.shape)
+
+    def put_code(self, code: Code) -> Blob:
+        """The operation that stands for a code's values, and the blobs that it reads."""
+        offsets = {}
+        for key, (dtype, values) in arguments(code).items():
+            if dtype != HALF or values.size >= INLINE:  # codes never lie in the program
+                width = CODES[dtype][1]
+                data = values.reshape(-1).view("u1")
+                data = data if width >= 8 else packed(data & ((1 << width) - 1), width)
+                offsets[key] = self._placed(dtype, values.size, partial(iter, [data]))
+        made = operation_of(code, offsets)
+        return Blob(min(offsets.values(), default=0), code.codes.shape, made)
+
+    def _placed(self, dtype: str, count: int, chunks: Callable[[], Iterable[Any]]) -> int:
+        """The offset of a blob of these bytes: of one that is there, or of a new one."""
+        code, bits = CODES[dtype]
+        size = -(-count * bits // 8)
         for offset in self._of_size.pop(size, []):
+            kind = self.package.blobs.kind(offset, "a weight")
             head = self.package.blobs.source.read(offset + ALIGN, min(size, _HEAD), "a weight")
-            self._alike.setdefault((size, bytes(head)), []).append(offset)
-        first = memoryview(next(iter(tensor.chunks()), b"")).cast("B")
-        alike = self._alike.setdefault((size, bytes(first[:_HEAD])), [])
+            self._alike.setdefault((*kind, size, bytes(head)), []).append(offset)
+        first = memoryview(next(iter(chunks()), b"")).cast("B")
+        key = (code, size * 8 - count * bits, size, bytes(first[:_HEAD]))
+        alike = self._alike.setdefault(key, [])
         if alike and size <= _SMALL:
-            digest = _digest(tensor.chunks())
+            digest = _digest(chunks())
             for offset in alike:
                 if _digest(self._pieces(offset)) == digest:
-                    return Blob(offset, tensor.shape)
-        offset = self.layout.add(HALF, math.prod(tensor.shape), tensor.chunks())
+                    return offset
+        offset = self.layout.add(dtype, count, chunks())
         alike.append(offset)
-        self._tensors[offset] = tensor
-        return Blob(offset, tensor.shape)
+        self._chunks[offset] = chunks
+        return offset
 
     def _pieces(self, offset: int) -> Any:
-        if offset in self._tensors:
-            return self._tensors[offset].chunks()
+        if offset in self._chunks:
+            return self._chunks[offset]()
         return self.package.blobs.whole(offset, "a weight")[2]
-
-    def values(self, blob: Blob) -> Any:
-        """A blob's values as float32, written or not."""
-        held = self._tensors.get(blob.offset)
-        tensor = held if held is not None else tensor_of(self.package, blob, "a weight")
-        return as_float32(tensor.raw(), "F16")
 
 
 def _digest(pieces: Any) -> bytes:
@@ -167,9 +185,15 @@ def _factors(
     inverse = None
     if u.magnitude is not None:
         inverse = store.put(_half(_inverse(module, u, a, b, fold, base), f"{module}.norm"))
+    factors = (a.T if lookup else a, b)
+    codes = [_code(t) for t in factors]
+    stored = [
+        store.put(t) if c is None else store.put_code(c)
+        for t, c in zip(factors, codes, strict=True)
+    ]
     parts = Parts(
-        a=store.put(a.T if lookup else a),
-        b=store.put(b),
+        a=stored[0],
+        b=stored[1],
         bias=blobs.get("bias"),
         magnitude=blobs.get("magnitude"),
         inverse=inverse,
@@ -180,7 +204,23 @@ def _factors(
     row |= {"dtypes": [t.dtype for t in given]} if any(t.dtype != "F16" for t in given) else {}
     row |= {"fold": fold} if fold else {}
     row |= {"extra": list(extra)} if extra else {}
+    if any(codes):
+        row["sums"] = [None if c is None else zlib.crc32(c.values()) for c in codes]
+    for leaf, tensor, code in zip(names, factors, codes, strict=False):
+        if code is None and _is_coded(tensor):
+            account.notes.append(f"{leaf}: came in few bits and is stored in 16: more values than"
+                                 " a table holds")  # fmt: skip
     return parts, row
+
+
+def _code(tensor: Tensor) -> Code | None:
+    """How a tensor can stay in few bits, with the very values that it has."""
+    return (code_of(tensor) or recoded(tensor)) if _is_coded(tensor) else None
+
+
+def _is_coded(tensor: Tensor) -> bool:
+    """Whether it, or a tensor that it is made of, is in few bits."""
+    return isinstance(tensor.make, Decoded) or any(map(_is_coded, tensor.inputs))
 
 
 def _rounded(tensor: Tensor, name: str, account: Account) -> Tensor:

@@ -29,6 +29,7 @@ MASKED = -30000.0  # added to, or instead of, a score that must not count
 IDS, MASK, POSITION, LOGITS = "inputIds", "causalMask", "position", "logits"
 KEYS, VALUES = "keyCache", "valueCache"
 COS, SIN = "cos", "sin"
+FUSED_ATTENTION = ("CoreML8",)  # opsets with scaled_dot_product_attention: from iOS18 on
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Form:
     context: int
     stateless: bool = False
     q: int | None = None
-    fused_attention: bool = True
     inputs: dict[str, tuple[int, int, int]] | None = None
 
 
@@ -100,14 +100,14 @@ def function(
     held: dict[str, Value] = {n: g.read_state(n + "_now", s) for n, s in cache.items()}
     for i in range(decoder.layers):
         x = _layer(g, decoder, form, w, place, x, i, cache, held, factors)
-    x = _norm(g, decoder, w, f"{decoder.prefix}norm", "norm", x)
+    x = _norm(g, decoder, w, "model.norm", "norm", x)
     head = "model.embed_tokens.weight" if decoder.tied else "lm_head.weight"
     capped = decoder.logits_cap is not None
     out = _module(g, w, "lm_head", x, None, weight=head)
     if capped:
         out = _cap(g, "head", out, float(decoder.logits_cap or 1))
     out = g.unary("identity", LOGITS, out)  # the output has its own name, whatever is adapted
-    return g.function([out]), _description(decoder, form, name, g, factors)
+    return g.function([out]), _description(decoder, form, name, factors)
 
 
 def _place(
@@ -175,7 +175,7 @@ def _place(
         for part in (COS, SIN):
             table = w[table_name(part, kind)]
             shape = (q, table.shape[1])
-            pair.append(_rows(g, f"{part}_{kind[:4]}", table, rows, shape, form.opset))
+            pair.append(_rows(g, f"{part}_{kind[:4]}", table, rows, shape))
         turns[kind] = (pair[0], pair[1])
     return Place(q, count, masks, turns, None if form.stateless else begin, stop)
 
@@ -190,7 +190,7 @@ def table_name(part: str, kind: str) -> str:
     return f"rope.{kind}.{part}"
 
 
-def _rows(g: Graph, name: str, table: Value, indices: Value, shape: Any, opset: str) -> Value:
+def _rows(g: Graph, name: str, table: Value, indices: Value, shape: Any) -> Value:
     extra: dict[str, Value] = {
         "axis": g.constant(0, INT),
         "batch_dims": g.constant(0, INT),
@@ -200,8 +200,8 @@ def _rows(g: Graph, name: str, table: Value, indices: Value, shape: Any, opset: 
 
 
 def _embedding(g: Graph, d: Decoder, form: Form, w: Weights, ids: Value) -> Value:
-    name = f"{d.prefix}embed_tokens"
-    x = _rows(g, mangled(name), w[f"{name}.weight"], ids, (1, form.q, d.hidden), form.opset)
+    name = "model.embed_tokens"
+    x = _rows(g, mangled(name), w[f"{name}.weight"], ids, (1, form.q, d.hidden))
     return x if d.embed_scale is None else g.binary("mul", "scaled", x, d.embed_scale)
 
 
@@ -221,7 +221,7 @@ def _norm(g: Graph, d: Decoder, w: Weights, module: str, name: str, x: Value) ->
     unit = g.unary("rsqrt", f"{name}_r", total, epsilon=g.constant(0.0, "FLOAT16"))
     z = g.binary("mul", f"{name}_z", y, unit)
     scaled = g.binary("mul", f"{name}_w", z, w[f"{module}.weight"])
-    return g.binary("add", f"{name}_o", z, scaled) if d.family.norm_offset else scaled
+    return g.binary("add", f"{name}_o", z, scaled) if d.family.norm_plus_one else scaled
 
 
 def _module(
@@ -255,7 +255,7 @@ def _layer(
     cache: dict[str, Value], held: dict[str, Value], factors: dict[str, tuple[Value, Value]],
 ) -> Value:  # fmt: skip
     """One block: attention and feed-forward, each with its residual."""
-    base, n = f"{d.prefix}layers.{i}.", f"L{i}"
+    base, n = f"model.layers.{i}.", f"L{i}"
 
     def module(name: str, value: Value) -> Value:
         return _module(g, w, base + name, value, factors.get(name.rpartition(".")[2]), layer=i)
@@ -305,7 +305,7 @@ def _attention(
         for p, part, heads in zip("qkv", parts, (d.heads, d.kv_heads, d.kv_heads), strict=True)
     )
     if d.family.qk_norm:
-        where = f"{d.prefix}layers.{i}.self_attn."
+        where = f"model.layers.{i}.self_attn."
         q = _norm(g, d, w, f"{where}q_norm", f"{n}_qn", q)
         k = _norm(g, d, w, f"{where}k_norm", f"{n}_kn", k)
     if (kind := d.ropes[i]) is not None:
@@ -387,7 +387,7 @@ def _attend(
 ) -> Value:
     """softmax(scale q k^T + mask) v. The fused operation divides by sqrt(head_dim) itself."""
     own = d.scale * math.sqrt(d.head_dim)
-    if form.fused_attention and d.attention_cap is None:
+    if form.opset in FUSED_ATTENTION and d.attention_cap is None:
         if abs(own - 1) > 1e-6:
             q = g.binary("mul", f"{n}_qs", q, own)
         inputs = {"query": q, "key": k, "value": v, "attn_mask": mask}
@@ -411,9 +411,7 @@ def _adapter_inputs(g: Graph, d: Decoder, form: Form) -> dict[str, tuple[Value, 
     return found
 
 
-def _description(
-    d: Decoder, form: Form, name: str, g: Graph, factors: dict[str, tuple[Value, Value]]
-) -> Any:
+def _description(d: Decoder, form: Form, name: str, factors: dict[str, tuple[Value, Value]]) -> Any:
     """Inputs with their ranges, states, the output."""
     made = new("FunctionDescription", name=name)
     many = (form.q, form.q) if form.q else (1, form.context)

@@ -24,12 +24,12 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class Family:
     """What an architecture's code fixes.
 
-    ``norm_offset``: RMSNorm multiplies by offset + weight. ``sandwich``: norms after attention and
+    ``norm_plus_one``: RMSNorm multiplies by 1 + weight. ``sandwich``: norms after attention and
     feed-forward too. ``fused``: one qkv_proj and one gate_up_proj. ``windowed``: which layers slide
     when the config lists no ``layer_types``: none, all, those of a rule.
     """
 
-    norm_offset: float = 0.0
+    norm_plus_one: bool = False
     embed_scaled: bool = False
     sandwich: bool = False
     qk_norm: bool = False
@@ -44,9 +44,9 @@ FAMILIES = {
     "mistral": Family(windowed="all"),
     "qwen2": Family(windowed="late"),
     "qwen3": Family(windowed="late", qk_norm=True),
-    "gemma2": Family(norm_offset=1.0, embed_scaled=True, sandwich=True, windowed="even"),
+    "gemma2": Family(norm_plus_one=True, embed_scaled=True, sandwich=True, windowed="even"),
     "gemma3_text": Family(
-        norm_offset=1.0, embed_scaled=True, sandwich=True, qk_norm=True, windowed="pattern",
+        norm_plus_one=True, embed_scaled=True, sandwich=True, qk_norm=True, windowed="pattern",
         rope_local=True,
     ),
     "phi3": Family(fused=True, windowed="all"),
@@ -77,7 +77,6 @@ class Decoder:
     kv_heads: int
     head_dim: int
     intermediate: int
-    vocabulary: int
     positions: int
     eps: float
     activation: str
@@ -89,7 +88,6 @@ class Decoder:
     windows: tuple[int | None, ...]
     ropes: tuple[str | None, ...]
     tables: Mapping[str, Rope]
-    prefix: str = "model."
 
 
 def describe(base: Base) -> Decoder:
@@ -138,7 +136,6 @@ def describe(base: Base) -> Decoder:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=number("intermediate_size"),
-        vocabulary=number("vocab_size"),
         positions=number("max_position_embeddings", 2048),
         eps=float(config.get("rms_norm_eps") or 1e-6),
         activation=ACTIVATIONS[activation],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from loraduct.converters import kmeans
@@ -69,7 +69,8 @@ def flat(
         done = list(threaded(lambda block: solve.groups(block, indices), blocks, threads))
         lut, error = np.concatenate([table for table, _ in done]), sum(e for _, e in done)
     back = np.ascontiguousarray(np.moveaxis(indices.reshape(moved.shape), 0, axis))
-    return Palette(back, lut[:, :, None], bits, shape, group, axis, error=float(error))
+    norm = _squared(code.values, code.counts)
+    return Palette(back, lut[:, :, None], bits, shape, group, axis, None, float(error), norm)
 
 
 def together(
@@ -90,8 +91,11 @@ def together(
         (name, weight), indices = tensors[at], np.empty(codes[at].flat.size, np.uint8)
         lut, error = _Solver(codes[at], options, entries, None, name).whole(indices, tables[at])
         shape = tuple(weight.shape)
-        found = Palette(indices.reshape(shape), lut[:, :, None], options.bits or 0, shape, shape[0])
-        return name, replace(found, error=error)
+        norm = _squared(codes[at].values, codes[at].counts)
+        return name, Palette(
+            indices.reshape(shape), lut[:, :, None], options.bits or 0, shape, shape[0],
+            error=error, norm=norm,
+        )  # fmt: skip
 
     yield from threaded(one, range(len(tensors)), threads)
 
@@ -156,7 +160,7 @@ class _Solver:
             at = code.at(part)
             weights = None if self.weights is None else self.weights.of(part)
             counts = np.bincount(at, weights=weights, minlength=len(code.values))
-            found = np.flatnonzero(counts)
+            found = np.flatnonzero(counts > 0)  # of bools it is far quicker
             rows.append((code.values[found], counts[found]))
             places.append((at, found))
         lut, error = self.tables(rows, True), 0.0

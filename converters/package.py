@@ -9,6 +9,7 @@ behind is overwritten by the next one.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from loraduct import files
 from loraduct.account import Account
+from loraduct.adapter import Adapter
 from loraduct.converters.coreml_adapter import Store, place, swap_of
 from loraduct.converters.neutral import neutral
 from loraduct.errors import Refused
@@ -36,10 +38,14 @@ LONGEST = 80  # characters of a name: it is part of every function's
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter of a function: a folder, or the name of one in the package; and its weight."""
+    """An adapter of a function: a folder, or the name of one in the package; and its weight.
+
+    ``adapter``: what the folder holds, where it was read already, in transformers' names.
+    """
 
     source: str
     weight: float = 1.0
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -219,6 +225,14 @@ def _functions_of(base: PackageBase, name: str) -> dict[str, str]:
     return {f: name + f.removeprefix(BASE) for f in base.functions}
 
 
+def check_name(name: str, path: Path) -> None:
+    """Refuse a name that Core ML does not take."""
+    if not VALID_NAME.match(name) or len(name) > LONGEST:
+        what = "letters, digits and _ are expected, and no digit first"
+        shown = printable(repr(name), LONGEST)
+        raise Refused(path, f"{shown} is a name that Core ML refuses: {what}")
+
+
 def _check_names(
     package: Package, found: Record, groups: Mapping[str, Mapping[str, str]], over: bool
 ) -> None:
@@ -229,9 +243,7 @@ def _check_names(
     taken[BASE] = BASE
     for name, functions in groups.items():
         shown = printable(repr(name), LONGEST)
-        if not VALID_NAME.match(name) or len(name) > LONGEST:
-            what = "letters, digits and _ are expected, and no digit first"
-            raise Refused(package.path, f"{shown} is a name that Core ML refuses: {what}")
+        check_name(name, package.path)
         for new in {name, *functions.values()}:
             if (other := taken.get(new.lower())) is not None:
                 how = "`package replace` puts another in its place" if other == name else "is taken"
@@ -255,13 +267,16 @@ def _resolved(
 ) -> _Part:  # fmt: skip
     """One member of a function: an adapter that is there, or one read and laid out."""
     source, weight = member.source, member.weight
-    if source in found["adapters"]:
+    if member.adapter is None and source in found["adapters"]:
+        if os.path.lexists(source):
+            what = f"{printable(source, 80)} is both an adapter of the package and a path"
+            raise Refused(package.path, f"{what}: write ./{printable(source, 80)} for the path")
         parts, replaced = parts_of(package, found, source)
         row = found["adapters"][source]
         swaps = [swap_of(base, p, b) for p, b in replaced.items()]
         return _Part(source, weight, parts, swaps, row)
     label = f"{name}_{k + 1}" if stacked else name
-    adapter = read_adapter(Path(source), options)
+    adapter = member.adapter or read_adapter(Path(source), options)
     if adapter.format == "peft" and peft_config.moves_base(adapter.config):
         way = adapter.config["init_lora_weights"]
         what = f"init_lora_weights is {way!r}, which moved the base: convert it first (--initial)"

@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loraduct.adapter import Adapter
 from loraduct.converters import coreml
 from loraduct.converters.coreml import arguments_of, tokenizer_of
 from loraduct.converters.neutral import neutral
-from loraduct.converters.package import Member, Report, put
+from loraduct.converters.package import Member, Report, check_name, put
 from loraduct.errors import Refused
 from loraduct.formats import read
 from loraduct.formats.base import Base
 from loraduct.formats.companions import is_companion
-from loraduct.formats.coreml.package import SUFFIX, VALID_NAME, is_package
+from loraduct.formats.coreml.package import SUFFIX, is_package
 from loraduct.formats.options import ReadOptions
-from loraduct.text import printable
 
 FUNCTIONS, MERGED, INPUTS = "functions", "merged", "inputs"
 Specs = Mapping[str, Sequence[Member]]
@@ -51,9 +49,11 @@ def package(
     check_beside([output.with_name(n) for n in names], force)
     done = Built()
     for name in wanted:
-        if not VALID_NAME.match(name):
-            what = f"{printable(repr(name), 80)} is a name that Core ML refuses: letters, digits, _"
-            raise Refused(output, what)
+        check_name(name, output)
+    read_in: dict[str, list[Member]] = {}
+    for name, members in wanted.items():
+        before = read_in if how == FUNCTIONS else {}  # a function may be made of earlier ones
+        read_in[name] = [m if m.source in before else _read(m, base, reading) for m in members]
     if how == FUNCTIONS:
         if wanted and options.target == "iOS17":
             raise Refused(
@@ -61,21 +61,21 @@ def package(
             )
 
         def then(stage: Path) -> None:
-            done.report = put(stage, wanted, reading)
+            done.report = put(stage, read_in)
 
         done.written = coreml.build(base, output, options, then=then if wanted else None)
         return done
     if not wanted:
         raise Refused(output, f"--adapters {how}: give an adapter (-a NAME=ADAPTER)")
-    read_in = {n: [(_read(m, base, reading), m.weight) for m in ms] for n, ms in wanted.items()}
+    given = {n: [(m.adapter, m.weight) for m in ms if m.adapter] for n, ms in read_in.items()}
     if how == MERGED:
-        if len(read_in) > 1:
+        if len(given) > 1:
             raise Refused(output, "merged weights are one model: give one -a, or several with +")
-        done.written = coreml.build(base, output, options, merged=next(iter(read_in.items())))
+        done.written = coreml.build(base, output, options, merged=next(iter(given.items())))
         return done
-    ranks = [sum(a.rank for a, _ in one) for one in read_in.values()]
+    ranks = [sum(a.rank for a, _ in one) for one in given.values()]
     options = replace(options, max_rank=options.max_rank or max(ranks))
-    done.written = coreml.build(base, output, options, inputs=read_in)
+    done.written = coreml.build(base, output, options, inputs=given)
     return done
 
 
@@ -103,6 +103,6 @@ def check_beside(paths: Sequence[Path], force: bool) -> None:
             raise Refused(path, "is there; --force replaces it")
 
 
-def _read(member: Member, base: Base, reading: ReadOptions | None) -> Adapter:
-    path = Path(member.source)
-    return neutral(read(path, replace(reading or ReadOptions(), base=base)), base)
+def _read(member: Member, base: Base, reading: ReadOptions | None) -> Member:
+    adapter = read(Path(member.source), replace(reading or ReadOptions(), base=base))
+    return replace(member, adapter=neutral(adapter, base))

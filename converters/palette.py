@@ -42,7 +42,7 @@ class Palette:
 
     ``lut`` (tables, 2**bits, vector). Table t serves channels t * group to (t + 1) * group - 1 of
     ``axis``. ``scale`` (shape[0], 1, ...) multiplies what the tables give. ``error``: the sum of
-    (weighted) squared errors.
+    (weighted) squared errors; ``norm``: of (weighted) squares of the numbers.
     """
 
     indices: Any
@@ -53,6 +53,7 @@ class Palette:
     axis: int = 0
     scale: Any = None
     error: float = 0.0
+    norm: float = 0.0
 
     @property
     def vector(self) -> int:

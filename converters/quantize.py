@@ -42,13 +42,14 @@ class Options:
 class Linear:
     """``data`` (int8 or uint8, the tensor's shape); ``scale`` and ``offset`` (or None) have its rank,
     and as many entries along each axis as there are blocks. ``error``: the sum of squared errors of
-    what is read back."""
+    what is read back; ``norm``: of squares of the numbers."""
 
     data: Any
     scale: Any
     offset: Any
     bits: int
     error: float = 0.0
+    norm: float = 0.0
 
 
 def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linear:
@@ -75,7 +76,7 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
             scale[part], offset[part] = _fit(wide, None, options, name)
     shift = 0 if options.signed else 1 << (options.bits - 1)
     kind, store = np.dtype(options.scale), np.int8 if options.signed else np.uint8
-    (low, high), data, error = limits(options), np.empty(rows.shape, store), 0.0
+    (low, high), data, error, norm = limits(options), np.empty(rows.shape, store), 0.0, 0.0
     step = max(1, _NUMBERS // rows.shape[1])
     for at in range(0, len(rows), step):
         for inner in range(0, rows.shape[1], _NUMBERS):
@@ -86,6 +87,7 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
             data[cell] = codes + shift
             gap = wide - ((codes - z).astype(kind) * s.astype(kind)).astype(np.float64)
             error += float((gap * gap).sum())
+            norm += float((wide * wide).sum())
     offsets = None
     if not (options.signed and options.symmetric):
         offsets = (offset + shift).astype(store).reshape(scales_shape)
@@ -95,6 +97,7 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
         offsets,
         options.bits,
         error,
+        norm,
     )
 
 

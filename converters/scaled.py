@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from loraduct.converters.coded import typed
+from loraduct.converters.coded import finite, typed
 from loraduct.converters.lut import flat, nearest
-from loraduct.converters.palette import Options, Palette, expand
+from loraduct.converters.palette import Options, Palette
+
+_NUMBERS = 1 << 18  # at once
 
 
 def palettize(
@@ -16,32 +19,50 @@ def palettize(
     """Channels are divided by their largest number and clustered, with errors counting scale^2.
 
     Then each scale is fitted to the entries chosen, sum(w q) / sum(q q), and entries are chosen again.
-    Scales are rounded to the tables' dtype before they are used.
+    Scales are rounded to the tables' dtype before they are used. Quotients are at most 1 and are
+    clustered in float16, whose steps are narrow against any cluster; entries are chosen for the exact
+    ones.
     """
     import numpy as np
 
-    wide = typed(weight, bf16=options.bf16, name=name).astype(np.float64)
-    along = along or [np.ones(n) for n in wide.shape]
-    rest = tuple(range(1, wide.ndim))
-    scale = _stored(np.abs(wide).max(rest, keepdims=True), options.lut, np.ones(1))
-    inner = replace(options, bf16=False)
-    weights = [along[0] * scale.reshape(-1) ** 2, *along[1:]]
-    first = flat((wide / scale).astype(np.float32), inner, weights, threads, name)
-    dense = expand(first).astype(np.float64)
-    # numbers of one channel: the weight of its own axis cancels out
-    column = np.ones(1)
+    stored = typed(weight, bf16=options.bf16, name=name)
+    along = along or [np.ones(n) for n in stored.shape]
+    rest, column = tuple(range(1, stored.ndim)), np.ones(1)
     for vector in along[1:]:
         column = np.multiply.outer(column, vector)
-    top = (wide * dense * column).sum(rest, keepdims=True)
-    bottom = (dense * dense * column).sum(rest, keepdims=True)
-    fitted = np.divide(top, bottom, out=scale.copy(), where=(bottom > 0) & (top > 0))
-    scale = _stored(fitted, options.lut, scale)
-    again = replace(first, indices=_nearest(wide / scale, first))
-    gap = wide - scale * expand(again).astype(np.float64)
-    rows = along[0].reshape((-1,) + (1,) * len(rest))
-    return replace(
-        again, scale=scale.astype(options.lut), error=float((gap * gap * column * rows).sum())
-    )
+    top = np.concatenate([np.abs(part).max(rest, keepdims=True) for _, part in _blocks(stored)])
+    finite(top, name)
+    scale = _stored(top, options.lut, np.ones(1))
+    quotients = np.empty(stored.shape, np.float16)
+    for at, part in _blocks(stored):
+        quotients[at] = part / scale[at]
+    weights = [along[0] * scale.reshape(-1) ** 2, *along[1:]]
+    found = flat(quotients, replace(options, bf16=False), weights, threads, name)
+    del quotients
+    indices, error, norm = found.indices, 0.0, 0.0
+    for at, part in _blocks(stored):
+        # numbers of one channel: the weight of its own axis cancels out
+        dense = _dense(found, at).astype(np.float64)
+        above = (part * dense * column).sum(rest, keepdims=True)
+        below = (dense * dense * column).sum(rest, keepdims=True)
+        fitted = np.divide(above, below, out=scale[at].copy(), where=(below > 0) & (above > 0))
+        scale[at] = _stored(fitted, options.lut, scale[at])
+        indices[at] = _nearest(part / scale[at], found, at.start)
+        gap = part - scale[at].astype(options.lut) * _dense(found, at)  # as it is read back
+        rows = along[0][at].reshape((-1,) + (1,) * len(rest))
+        error += float((gap * gap * column * rows).sum())
+        norm += float((part * part * column * rows).sum())
+    return replace(found, scale=scale.astype(options.lut), error=error, norm=norm)
+
+
+def _blocks(stored: Any) -> Iterator[tuple[slice, Any]]:
+    """(rows, their numbers in float64), some at a time."""
+    import numpy as np
+
+    step = max(1, _NUMBERS * len(stored) // stored.size)
+    for begin in range(0, len(stored), step):
+        at = slice(begin, min(begin + step, len(stored)))
+        yield at, stored[at].astype(np.float64)
 
 
 def _stored(scale: Any, kind: str, otherwise: Any) -> Any:
@@ -53,13 +74,32 @@ def _stored(scale: Any, kind: str, otherwise: Any) -> Any:
     return np.where((stored > 0) & np.isfinite(stored), stored, otherwise)
 
 
-def _nearest(wide: Any, palette: Palette) -> Any:
+def _tables(palette: Palette, begin: int, length: int) -> Iterator[tuple[Any, Any]]:
+    """(table, where it serves) of ``length`` rows from ``begin`` on."""
+    p = palette
+    for at, table in enumerate(p.lut[:, :, 0]):
+        first, last = at * p.group, (at + 1) * p.group
+        if p.axis:
+            yield table, (slice(None),) * p.axis + (slice(first, last),)
+        elif last > begin and first < begin + length:
+            yield table, (slice(max(first - begin, 0), last - begin),)
+
+
+def _dense(palette: Palette, at: slice) -> Any:
+    """What the tables give for some rows, unscaled."""
     import numpy as np
 
-    p = palette
-    moved = np.moveaxis(wide, p.axis, 0)
-    out = np.empty(moved.shape, np.uint8)
-    for at, table in enumerate(p.lut[:, :, 0].astype(np.float64)):
-        part = slice(at * p.group, (at + 1) * p.group)
-        out[part] = nearest(moved[part], table)
-    return np.ascontiguousarray(np.moveaxis(out, 0, p.axis))
+    part = palette.indices[at]
+    out = np.empty(part.shape, palette.lut.dtype)
+    for table, where in _tables(palette, at.start, len(part)):
+        out[where] = table[part[where]]
+    return out
+
+
+def _nearest(wide: Any, palette: Palette, begin: int) -> Any:
+    import numpy as np
+
+    out = np.empty(wide.shape, np.uint8)
+    for table, where in _tables(palette, begin, len(wide)):
+        out[where] = nearest(wide[where], table.astype(np.float64))
+    return out

@@ -57,7 +57,8 @@ def palettize(weight: Any, options: Options, along: list[Any] | None, name: str 
         tables.append(table)
     back = np.ascontiguousarray(np.moveaxis(indices.reshape(-1, *shape), 0, axis))
     lut = np.stack(tables)
-    return Palette(back, lut, options.bits, tuple(weight.shape), group, axis, error=error)
+    norm = float(((cells * cells).sum(-1) * counts).sum())
+    return Palette(back, lut, options.bits, tuple(weight.shape), group, axis, None, error, norm)
 
 
 def _counts(along: list[Any], axis: int, size: int) -> Any:

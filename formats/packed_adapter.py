@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraduct import packing
 from loraduct.adapter import Adapter
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, mlx, peft, peft_config
+from loraduct.formats.coded import WIDTHS as BITS
+from loraduct.formats.coded import Code, Decoded
 from loraduct.formats.json_file import parse_object, read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.safetensors_file import read_header
@@ -28,7 +31,7 @@ WEIGHTS = "adapter_packed.safetensors"
 KEY, VERSION = "packed", 1
 STREAM = "packed.indices"  # all indices, tensor after tensor, each from a byte's beginning
 NUMBERS = {"lut": "packed.tables", "int": "packed.scales"}  # kind -> the tensor beside them
-BITS = {"lut": (1, 2, 3, 4, 6, 8), "int": (4, 8)}
+SUMS = "packed.sums"  # CRC-32 of each tensor as it is read: a damaged one is known by name
 _SPARSE = 1024  # at most so many ranks per stored one: a small file must not ask for all memory
 READERS: dict[str, Callable[..., Adapter]] = {"peft": peft.interpreted, "mlx": mlx.interpreted}
 
@@ -72,22 +75,32 @@ class Item:
         return [self.bits, list(self.shape), self.axis, *short]
 
 
+def code_of(item: Item, stream: Any, numbers: Any) -> Code:
+    """The matrix with the ranks first, ranks of zeros included, of its indices (bytes) and its tables
+    or scales (float16)."""
+    import numpy as np
+
+    high, rows, columns = item.shape[item.axis], item.rows, item.columns
+    middle = 1 << (item.bits - 1)
+    codes = np.full((high, columns), 0 if item.kind == "lut" else middle, np.uint8)
+    codes[:rows] = packing.unpacked(stream, item.bits, rows * columns).reshape(rows, columns)
+    if item.kind == "int":
+        full = np.zeros((high, columns // (item.group or columns)), np.float16)
+        full[:rows] = numbers.reshape(rows, -1)
+        return Code(item.kind, item.bits, codes, full)
+    tables, each = numbers.reshape(-1, 1 << item.bits), item.group or rows
+    even = math.gcd(each, rows, high)  # blocks of one size: what groups and zeros have in common
+    starts = np.arange(0, high, even)
+    full = np.zeros((len(starts), 1, 1 << item.bits), np.float16)
+    full[starts < rows, 0] = tables[starts[starts < rows] // each]
+    return Code(item.kind, item.bits, codes, full)
+
+
 def values(item: Item, stream: Any, numbers: Any) -> Any:
     """The tensor (float16) of its indices (bytes) and its tables or scales (float16)."""
     import numpy as np
 
-    count = item.rows * item.columns
-    places = np.unpackbits(stream, bitorder="little")[: count * item.bits].reshape(-1, item.bits)
-    codes = np.packbits(places, axis=1, bitorder="little")[:, 0].reshape(item.rows, item.columns)
-    if item.kind == "lut":
-        tables = numbers.reshape(-1, 1 << item.bits)
-        of_row = np.arange(item.rows) // (item.group or item.rows)
-        found = tables[of_row[:, None], codes]
-    else:
-        scales = np.repeat(numbers.reshape(item.rows, -1), item.group or item.columns, axis=1)
-        found = scales * (codes.astype(np.float16) - np.float16(1 << (item.bits - 1)))
-    full = np.zeros((item.shape[item.axis], item.columns), np.float16)
-    full[: item.rows] = found
+    full = code_of(item, stream, numbers).values()
     rest = [n for i, n in enumerate(item.shape) if i != item.axis]
     return np.ascontiguousarray(np.moveaxis(full.reshape(-1, *rest), 0, item.axis))
 
@@ -120,13 +133,15 @@ def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
     stored, metadata = read_header(weights)
     source, items = _items(metadata.pop(KEY, None), weights)
     kind = next(iter(items.values())).kind if items else "lut"
-    parts = [stored.pop(name, None) for name in (STREAM, NUMBERS[kind])]
-    if parts[0] is None or parts[1] is None:
-        raise Refused(weights, f"has no {STREAM} with {NUMBERS[kind]}: not a packed adapter")
-    stream, numbers = parts[0], parts[1]
+    parts = [stored.pop(name, None) for name in (STREAM, NUMBERS[kind], SUMS)]
+    if None in parts:
+        wanted = f"{STREAM}, {NUMBERS[kind]} and {SUMS}"
+        raise Refused(weights, f"does not have {wanted}: not a packed adapter")
+    stream, numbers, sums = (p for p in parts if p is not None)
     for tensor, dtype, size in (
         (stream, "U8", sum(i.nbytes for i in items.values())),
         (numbers, "F16", sum(i.numbers for i in items.values())),
+        (sums, "U32", len(items)),
     ):
         if (tensor.stored_dtype, tensor.stored_shape) != (dtype, (size,)):
             what = f"{dtype} [{size}] is expected by the layout"
@@ -134,23 +149,46 @@ def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
             raise Refused(weights, f"is {found}; {what}", tensor=tensor.name)
     done: dict[str, Tensor] = {}
     at = beside = 0
-    for name, item in items.items():
+    for i, (name, item) in enumerate(items.items()):
         if name in stored:
             raise Refused(weights, "is there twice, packed and plain", tensor=name)
         own = replace(stream, name=name, stored_shape=(item.nbytes,), offset=stream.offset + at)
         table = replace(numbers, stored_shape=(item.numbers,), offset=numbers.offset + 2 * beside)
+        one = _Stored(
+            item, own, table, replace(sums, stored_shape=(1,), offset=sums.offset + 4 * i)
+        )
         at, beside = at + item.nbytes, beside + item.numbers
-        done[name] = Tensor(
-            name, "F16", item.shape, make=partial(_made, item, own, table), inputs=(own,),
-            path=weights,
-        )  # fmt: skip
+        make = Decoded(one.code) if len(item.shape) == 2 else one.values
+        done[name] = Tensor(name, "F16", item.shape, make=make, inputs=(own,), path=weights)
     return source, done | stored, metadata
 
 
-def _made(item: Item, own: Tensor, table: Tensor) -> Any:
-    import numpy as np
+@dataclass(frozen=True)
+class _Stored:
+    """Where a packed tensor lies."""
 
-    return values(item, own.raw(), table.raw().view(np.float16)).view(np.uint16)
+    item: Item
+    own: Tensor
+    table: Tensor
+    sum: Tensor
+
+    def values(self) -> Any:
+        """Its values as raw storage. Raises Refused where they are not what was written."""
+        import numpy as np
+
+        found = values(self.item, self.own.raw(), self.table.raw().view(np.float16))
+        if zlib.crc32(found) != int(self.sum.raw()[0]):
+            what = "does not hold the values that were written: damaged"
+            raise Refused(self.own.path, what, tensor=self.own.name)
+        return found.view(np.uint16)
+
+    def code(self) -> Code:
+        """The code of a matrix, in its stored orientation."""
+        import numpy as np
+
+        self.values()
+        found = code_of(self.item, self.own.raw(), self.table.raw().view(np.float16))
+        return found.T if self.item.axis else found
 
 
 def _items(text: str | None, file: Path) -> tuple[str, dict[str, Item]]:

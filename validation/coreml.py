@@ -37,7 +37,7 @@ class Session:
     @property
     def stateless(self) -> bool:
         """Whether every call starts from the beginning."""
-        return not next(iter(self.machines.values())).new_state()
+        return not next(iter(self.machines.values())).program.states
 
     def start(self) -> None:
         """Forget all tokens."""
@@ -48,6 +48,12 @@ class Session:
         """Logits (tokens, vocabulary), float32, of the next tokens."""
         import numpy as np
 
+        if self.stateless:  # whole in one call: the next one would begin anew
+            fits = [n for n in sorted(self.machines) if n >= len(ids)]
+            if 0 not in self.machines and not fits:
+                what = f"takes {max(self.machines)} tokens at most and keeps none, given {len(ids)}"
+                raise Refused(next(iter(self.machines.values())).path, what)
+            return self._call(ids, fits[0] if fits else len(ids))[: len(ids)]
         parts = []
         left = list(ids)
         while left:

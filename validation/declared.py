@@ -1,21 +1,31 @@
-"""What a package says was compressed in it, and how far that may move what is compared.
+"""What is stored in few bits, and how far that may move what is compared.
 
-loraduct's record names the way each part was stored (``lut4``: tables of 16 entries). Values without
-that declaration get no allowance.
+A package's record names the way its parts were compressed (``lut4``: tables of 16 entries), a packed
+adapter its file's; tables and scales are then the yardstick. Of a base's weights, and of factors that
+were not turned, each value must be the nearest one that its table has. Where factors were turned, dW may
+be off by what rounding to their tables does. Values without that declaration get no allowance.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from loraduct.adapter import Adapter
+from loraduct.adapter import Adapter, LowRank
+from loraduct.formats.base import Base
+from loraduct.formats.coded import Code, Decoded, recoded
+from loraduct.tensor import Tensor, as_float32
+from loraduct.validation.checks import Check
 
 BASE, ADAPTER = "base", "adapter"
-# bits -> squared error of the best table for normal values of variance 1 (Max 1960, table I; beyond
-# 5 bits the limit 2.72 / entries^2)
-_NORMAL = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 6: 2.72 / 64**2, 8: 2.72 / 256**2}
-FACTOR = 4.0  # two factors, and tails heavier than normal ones (measured: 1.3 times, at 4 bits)
+# of the rounding that is expected; tables are fitted to tails, of which gaps say less (measured: 0.7 to
+# 1.3 times the expected, at 2 to 8 bits)
+FACTOR = 2.0
+_ROUNDED = 3 * 2.0**-11  # of an entry: it, its scale and the boundary between two were rounded
+_PLAIN = 0.7  # factors closer than this (relative) were not turned
+_LOOKED_UP = 1 << 17  # more values of one table: every float16 is looked up once instead
 
 
 def declared(adapter: Adapter) -> dict[str, Any]:
@@ -28,12 +38,170 @@ def declared(adapter: Adapter) -> dict[str, Any]:
     return dict(record.read(read(adapter.path)).get("compression") or {})
 
 
-def tolerance(adapter: Adapter) -> float:
-    """How far dW may be off (relative) by the declared width of the adapter's factors."""
-    way = str(declared(adapter).get(ADAPTER, ""))
-    digits = way.removeprefix("lut")
-    known = _NORMAL.get(int(digits)) if digits.isdecimal() and len(digits) < 3 else None
-    return FACTOR * math.sqrt(known) if known else 0.0
+def check(adapter: Adapter, base: Base) -> list[Check]:
+    """A package's compressed weights against the base's, and whether its record tells of all."""
+    if adapter.format != "coreml":
+        return []
+    from loraduct.formats.coreml import record
+    from loraduct.formats.coreml.package import read
+    from loraduct.formats.coreml.stored import PackageBase
+
+    package = read(adapter.path)
+    found = record.read(package)
+    said = found.get("compression") or {}
+    rows = found["adapters"][adapter.name]["modules"]
+    for module, u in adapter.low_rank.items():
+        coded = next(filter(None, map(_code, (u.a, u.b))), None)
+        if coded and not rows[module].get("sums") and not _covers(said.get(ADAPTER), coded):
+            return [Check("codes", "failed", f"is {coded.way}; {_UNSAID}", module)]
+    count = 0
+    held = PackageBase(package, found)
+    for name, code in held.codes():
+        weight = base.weight_of(name) if base.has_weights else None
+        if not _covers(said.get(BASE), code):
+            return [Check("codes", "failed", f"is {code.way}; {_UNSAID}", name)]
+        if weight is None or weight.shape != code.codes.shape:
+            continue
+        count += 1
+        if what := _misplaced(code, weight):
+            return [Check("codes", "failed", what, name)]
+    if not count:
+        return []
+    what = f"{count} compressed weights of the base: each value is its table's nearest"
+    return [Check("codes", "passed", what)]
+
+
+_UNSAID = "the package's record does not say that it was compressed so"
+
+
+def _covers(said: Any, code: Code) -> bool:
+    """Whether a declaration is about a code: ``lut`` of any width, ``lut4``, ``lut4, groups of 16``."""
+    return isinstance(said, str) and said.partition(",")[0] in (code.kind, code.way)
+
+
+def tolerance(*updates: LowRank) -> float:
+    """How far dW may be off (relative, Frobenius) by the rounding to the tables that its factors have.
+
+    Rounding errors Ea and Eb of mean 0 make b a wrong by sum_i |b_i|^2 |Ea_i|^2 + |a_i|^2 |Eb_i|^2
+    (squared, expected; i: ranks). A value is taken to lie anywhere in its entry's cell.
+    """
+    import numpy as np
+
+    worst = 0.0
+    for u in updates:
+        codes = _code(u.a), _code(u.b)
+        if not any(codes) or u.layout not in ("linear", "embedding"):
+            continue
+        a, b = (t.read(finite=False).astype(np.float64) for t in (u.a, u.b))
+        lost = [
+            np.zeros(u.rank) if c is None else t.factor**2 * _spread(c).sum(axis)
+            for c, t, axis in zip(codes, (u.a, u.b), (1, 0), strict=True)
+        ]
+        square = float((b**2).sum(0) @ lost[0] + (a**2).sum(1) @ lost[1])
+        norm = float(((b.T @ b) * (a @ a.T)).sum())
+        worst = max(worst, FACTOR * math.sqrt(square / norm) if norm > 0 else 0.0)
+    return worst
+
+
+def misplaced(first: LowRank, second: LowRank) -> str | None:
+    """What is wrong with the codes of factors that were compressed as they are, not turned."""
+    import numpy as np
+
+    for leaf, one, two in (("lora_A", first.a, second.a), ("lora_B", first.b, second.b)):
+        code = _code(two)
+        if code is None or one.shape != two.shape:
+            continue
+        x, y = (t.read(finite=False) for t in (one, two))
+        if np.linalg.norm(x - y) > _PLAIN * np.linalg.norm(x):
+            continue
+        if what := _misplaced(code if two.factor == 1 else code.times(two.factor), one):
+            return f"{leaf}: {what}"
+    return None
+
+
+def _code(tensor: Tensor) -> Code | None:
+    """The code of a factor in few bits, by whatever it was made of; its factor aside."""
+    if isinstance(tensor.make, Decoded):
+        code = tensor.make.code()
+        return code.T if tensor.transposed else code
+    inner = any(isinstance(t.make, Decoded) for t in tensor.inputs)
+    return recoded(replace(tensor, cast=None, factor=1.0)) if inner else None
+
+
+def _spread(code: Code) -> Any:
+    """The expected square of the rounding error of each value, (rows, columns)."""
+    import numpy as np
+
+    if code.kind == "int":
+        return (code.numbers.astype(np.float64) ** 2 / 12).reshape(-1)[
+            np.broadcast_to(code.blocks(), code.codes.shape)
+        ]
+    tables = code.numbers.astype(np.float64)
+    order = np.argsort(tables, -1)
+    sorted_ = np.take_along_axis(tables, order, -1)
+    gaps = np.diff(sorted_, axis=-1) / 2
+    down = np.concatenate((gaps[..., :1], gaps), -1)
+    up = np.concatenate((gaps, gaps[..., -1:]), -1)
+    width = down + up
+    cells = np.divide(down**3 + up**3, 3 * width, out=np.zeros_like(width), where=width > 0)
+    squares = np.empty_like(cells)
+    np.put_along_axis(squares, order, cells, -1)
+    return replace(code, numbers=squares).values()
+
+
+def _misplaced(code: Code, weight: Tensor) -> str | None:
+    """Which values are not the nearest that their tables (or scales) have, in words."""
+    import numpy as np
+
+    source = as_float32(weight.raw(), weight.dtype).astype(np.float16)
+    wrong, at = 0, None
+    for rows, columns, entries in _blocks(code):
+        part = source[rows, columns]
+        given = entries[code.codes[rows, columns]]
+        best = _nearest(entries, part)
+        slack = _ROUNDED * (np.abs(given) + np.abs(best))
+        off = np.abs(part - given) > np.abs(part - best) + slack
+        if off.any():
+            wrong += int(off.sum())
+            if at is None:
+                i, j = np.argwhere(off)[0]
+                at = rows.start + int(i), columns.start + int(j)
+    if not wrong:
+        return None
+    return (
+        (
+            f"{wrong} of {source.size} values, [{at[0]}, {at[1]}] the first, are not the nearest of"
+            f" {code.way}'s tables: damaged, or another module's"
+        )
+        if at
+        else None
+    )
+
+
+def _blocks(code: Code) -> Iterator[tuple[slice, slice, Any]]:
+    """(rows, columns, the values that codes stand for there, float32) of each block."""
+    import numpy as np
+
+    (high, wide), (down, across) = code.codes.shape, code.numbers.shape[:2]
+    steps = np.arange(1 << code.bits, dtype=np.float32) - (1 << (code.bits - 1))
+    for i in range(down):
+        for j in range(across):
+            entries = code.numbers[i, j].astype(np.float32)
+            rows = slice(i * (high // down), (i + 1) * (high // down))
+            columns = slice(j * (wide // across), (j + 1) * (wide // across))
+            yield rows, columns, entries if code.kind == "lut" else entries * steps
+
+
+def _nearest(entries: Any, values: Any) -> Any:
+    """The nearest entry of each value (float16), float32."""
+    import numpy as np
+
+    ordered = np.sort(entries)
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    if values.size < _LOOKED_UP:
+        return ordered[np.searchsorted(middles, values.astype(np.float32))]
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    return ordered[np.searchsorted(middles, every)][values.view(np.uint16)]
 
 
 def explains(source: list[Any], compressed: list[Any]) -> float:

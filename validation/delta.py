@@ -14,6 +14,7 @@ from typing import Any
 
 from loraduct.adapter import Dense, LowRank, Replacement, Update
 from loraduct.formats.base import Base
+from loraduct.modules import block_of
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 # How far dW may be off by storage dtype (relative, Frobenius), and the gain from 1.
@@ -38,6 +39,15 @@ class Delta:
     note: str = ""
     decided: bool = True
     gain_bound: float = GAIN
+    rank: int | None = None  # of A's factors
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between dW and dW': error^2 = ||dW'||^2 / ||dW||^2 - 2 gain + 1."""
+        size = self.error**2 + 2 * self.gain - 1
+        if size > 0:
+            return max(-1.0, min(1.0, self.gain / math.sqrt(size)))
+        return math.nan if math.isnan(self.error) else float(self.error == 0)
 
     @property
     def fits(self) -> bool | None:
@@ -58,7 +68,10 @@ class Delta:
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
-        return asdict(self) | {"fits": self.fits}
+        block = block_of(self.module)
+        place = {"layer": block[1] if block else None, "kind": block[2] if block else self.module}
+        own = {"cosine": self.cosine, "compared": self.compared, "fits": self.fits}
+        return asdict(self) | place | own
 
 
 def compare(module: str, first: Update, second: Update, base: Base) -> Delta:

@@ -27,14 +27,15 @@ from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import NUMPY
 
 if TYPE_CHECKING:
-    from loraduct.validation.mil_program import Constant, Program
+    from loraduct.validation.mil_program import Constant, Program, Step
 
 STORAGE, STRICT, FULL = "fp16-storage", "fp16-strict", "fp32"
 PRECISIONS = (STORAGE, STRICT, FULL)
 KEEP = 8 << 30  # bytes of weights held in float32; beyond, they are widened at every use
 # What numpy raises when an operation is given what it can't take.
 FAULTS = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, AttributeError)
-NEAR = 65504 / 4  # |x| from which on a value is reported as near to float16's end
+LARGEST = 65504.0  # of float16
+NEAR = LARGEST / 4  # |x| from which on a value is reported as near to float16's end
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Ranges:
                 self.warnings.append(f"{name}, op {kind}: {what} (largest input {largest:.6g})")
                 self.first = self.first or where
         elif finite and peak > largest:
-            how = "near" if peak <= 65504 else "beyond"
+            how = "near" if peak <= LARGEST else "beyond"
             self.warnings.append(f"{name}, op {kind}: {peak:.6g} is {how} float16's 65504")
 
 
@@ -119,7 +120,12 @@ class Weights:
 
 
 class Machine:
-    """A function of a package, ready to be run many times; its weights stay decoded."""
+    """A function of a package, ready to be run many times; its weights stay decoded.
+
+    ``watch``: called before each computed step, with the step and its arguments' values.
+    """
+
+    watch: Callable[[Step, dict[str, Any]], None] | None = None
 
     def __init__(self, program: Program, weights: Weights) -> None:
         self.program, self.weights = program, weights

@@ -16,7 +16,6 @@ from loraduct import halves
 from loraduct.errors import Refused
 
 MOST = 1 << 30  # elements of one value; more is refused (4 GiB in float32)
-LARGEST = 65504.0  # of float16
 _OVERFLOWS = 65520.0  # what rounds to infinity
 _BLOCK = 1 << 16  # values at a time, so that scratch stays in the cache
 _LANES = 32  # a strict sum adds blocks of this many values

@@ -124,6 +124,8 @@ class Running:
 
     def computed(self, step: Step, arguments: dict[str, Any]) -> list[Any]:
         op = OPS[step.kind]
+        if self.machine.watch is not None:
+            self.machine.watch(step, arguments)
         if op.wants_numbers:
             half = step.outputs[0].dtype == "FLOAT16"
             arguments["numbers"] = self.strict if half else self.plain

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraduct.adapter import Adapter
+from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.formats.base import Base
 from loraduct.modules import block_of
 from loraduct.text import printable
 from loraduct.validation import half, runtimes
 from loraduct.validation.align import NameMap, aligned
+from loraduct.validation.base_model import rope_trap
 from loraduct.validation.checks import Check
-from loraduct.validation.declared import BASE, declared, explains, tolerance
+from loraduct.validation.declared import BASE, declared, explains, misplaced, tolerance
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
+from loraduct.validation.logits import by_position, finite, kl, largest, per_position, top1
 from loraduct.validation.moved import as_they_are
-from loraduct.validation.structure import rope_trap
+from loraduct.validation.runs import Runs
+from loraduct.validation.suites import CannotRun, Context, Suite, suite
 
 SAME_RUNTIME = 1e-4  # largest logit difference within one runtime
 BASE_FACTOR, EFFECT_FACTOR = 3.0, 1e-3  # across runtimes: of base against base, of the effect
@@ -42,6 +45,7 @@ class Parity:
     same_modules: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
+    loose: float = 0.0  # how far dW may be off where factors were compressed, at most
 
     @property
     def compared(self) -> list[Delta]:
@@ -61,14 +65,20 @@ class Parity:
         }
 
 
-def check(
-    first: Adapter,
-    second: Adapter,
-    base: Base,
-    prompts: Sequence[str],
-    names: NameMap | None = None,
-) -> Parity:
-    """Compare ``second`` with ``first`` on ``base``."""
+def run(context: Context) -> Suite:
+    """The suite: B against A."""
+    if len(context.adapters) < 2:
+        raise CannotRun("one adapter: give B, what was made of it")
+    if not context.base.has_weights:
+        raise CannotRun(f"{context.base.path} holds no weights to run")
+    first, second = context.adapters
+    parity = check(first, second, context.runs, context.names)
+    return suite("parity", parity.checks, parity.as_json())
+
+
+def check(first: Adapter, second: Adapter, runs: Runs, names: NameMap | None = None) -> Parity:
+    """Compare ``second`` with ``first`` on the base of ``runs``."""
+    base = runs.base
     parity = Parity()
     _modules(first, second, base, names, parity)
     kinds = [runtimes.RUNTIME[a.format] for a in (first, second)]
@@ -76,7 +86,7 @@ def check(
         parity.add("logits", "skipped", PACKED)
         return parity
     try:
-        _logits((first, second), kinds, base, prompts, parity)
+        _logits((first, second), kinds, runs, parity)
     except runtimes.RuntimeFailed as e:
         parity.add("logits", "failed", str(e))
     return parity
@@ -103,13 +113,20 @@ def _modules(
         where = "second" if name in one else "first"
         parity.add("modules", "failed", f"is not in the {where} adapter", name)
     shared = sorted(one.keys() & two.keys(), key=_order)
-    loose = max(tolerance(a) for a in (first, second))
-    parity.deltas = [_loosened(compare(n, one[n], two[n], base), loose) for n in shared]
+    for n in shared:
+        delta = _loosened(compare(n, one[n], two[n], base), one[n], two[n], parity)
+        parity.deltas.append(replace(delta, rank=getattr(one[n], "rank", None)))
     _judge(parity)
 
 
-def _loosened(delta: Delta, loose: float) -> Delta:
+def _loosened(delta: Delta, first: Update, second: Update, parity: Parity) -> Delta:
     """With the bounds that a declared compression of the factors needs."""
+    if not isinstance(first, LowRank) or not isinstance(second, LowRank):
+        return delta
+    if what := misplaced(first, second) or misplaced(second, first):
+        return replace(delta, bound=0.0, note=what)
+    loose = tolerance(first, second)
+    parity.loose = max(parity.loose, loose)
     bounds = max(delta.bound, loose), max(delta.gain_bound, loose)
     return replace(delta, bound=bounds[0], gain_bound=bounds[1]) if loose else delta
 
@@ -158,44 +175,43 @@ def _order(name: str) -> tuple[Any, ...]:
 def _logits(
     adapters: Sequence[Adapter],
     kinds: Sequence[str],
-    base: Base,
-    prompts: Sequence[str],
+    runs: Runs,
     parity: Parity,
 ) -> None:
     """The real runtimes on the same tokens."""
-    ids, tokenizer = runtimes.tokenize(base, prompts)
-    bare = {k: _run(k, base, a, ids, bare=True) for k, a in zip(kinds, adapters, strict=True)}
+    base, ids = runs.base, runs.ids
+    bare = [runs.bare(a).run for a in adapters]
     across = kinds[0] != kinds[1]
-    base_off = _largest(bare[kinds[0]].logits, bare[kinds[1]].logits) if across else 0.0
+    base_off = largest(bare[0].logits, bare[1].logits) if across else 0.0
     parity.numbers |= {"runtimes": kinds, "prompts": len(ids), "base_max_difference": base_off}
-    for kind, run in bare.items():
-        if not _finite(run.logits):
+    for kind, run in zip(kinds, bare, strict=True):
+        if not finite(run.logits):
             parity.add("base", "failed", f"the bare base computes NaN or Inf in {kind}")
             return
     packed = next((str(d[BASE]) for a in adapters if BASE in (d := declared(a))), None)
     if packed and not across:
         parity.add("logits", "skipped", f"{ONE_COMPRESSED} ({packed})")
         return
-    if packed and not _compressed_base(packed, [bare[k].logits for k in kinds], parity):
+    if packed and not _compressed_base(packed, [run.logits for run in bare], parity):
         return
-    if across and not packed and not _base_agrees(base, base_off, bare[kinds[0]].logits, parity):
+    if across and not packed and not _base_agrees(base, base_off, bare[0].logits, parity):
         return
-    runs = [_run(k, base, a, ids) for k, a in zip(kinds, adapters, strict=True)]
-    if tokenizer is not None:
-        shown = {"base": bare[kinds[0]], "first": runs[0], "second": runs[1]}
-        parity.text = {name: tokenizer.decode(run.greedy) for name, run in shown.items()}
-    effect = _largest(bare[kinds[0]].logits, runs[0].logits)
+    done = [runs.adapted(a).run for a in adapters]
+    if runs.tokenizer is not None:
+        shown = {"base": bare[0], "first": done[0], "second": done[1]}
+        parity.text = {name: runs.tokenizer.decode(run.greedy) for name, run in shown.items()}
+    effect = largest(bare[0].logits, done[0].logits)
     allowed = _allowed(adapters, parity)
     bound = (
         max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, allowed) * effect)
         if across
         else max(SAME_RUNTIME, allowed * effect)
     )
-    parity.numbers |= _measured(runs, bound) | {"bound": bound, "effect": effect}
+    parity.numbers |= _measured(done, bound) | {"bound": bound, "effect": effect}
     broken = [
         f"{label} computes NaN or Inf in {kind}"
-        for label, kind, run in zip("AB", kinds, runs, strict=True)
-        if not _finite(run.logits)
+        for label, kind, run in zip("AB", kinds, done, strict=True)
+        if not finite(run.logits)
     ]
     if broken:
         parity.add("logits", "failed", "; ".join(broken))
@@ -204,16 +220,7 @@ def _logits(
     _judge_logits(" / ".join(dict.fromkeys(kinds)), parity)
     for adapter in adapters:
         if adapter.format == "coreml":
-            half.check(adapter, ids, runs[0].logits, parity.add, parity.numbers)
-
-
-def _run(
-    kind: str, base: Base, adapter: Adapter, ids: Sequence[Sequence[int]], *, bare: bool = False
-) -> runtimes.Run:
-    """One run; a package has its own base, and is run without rounding to half precision."""
-    if kind == "coreml":
-        return runtimes.run_package(adapter.path, None if bare else adapter.name, ids)[0]
-    return runtimes.run(kind, base, None if bare else adapter, ids)
+            half.check(adapter, ids, done[0].logits, parity.add, parity.numbers)
 
 
 def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
@@ -223,7 +230,7 @@ def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
     """
     dtypes = {t.dtype for a in adapters for u in a.updates.values() for t in u.tensors}
     coarsest = max((BOUNDS.get(d, 0.0) for d in dtypes), default=0.0)
-    coarsest = max([coarsest, *(tolerance(a) for a in adapters)])
+    coarsest = max(coarsest, parity.loose)
     measured = max((d.rounding for d in parity.compared), default=0.0)
     return min(ROUNDING_FACTOR * measured, coarsest)
 
@@ -234,14 +241,17 @@ def _measured(runs: Sequence[runtimes.Run], bound: float) -> dict[str, Any]:
 
     pairs = list(zip(runs[0].logits, runs[1].logits, strict=True))
     with np.errstate(invalid="ignore"):
-        agree, decided = _top1(pairs, bound)
+        agree, decided = top1(pairs, bound)
+        rows = per_position(runs[0].logits, runs[1].logits)
         return {
-            "max_difference": _largest(runs[0].logits, runs[1].logits),
+            "max_difference": largest(runs[0].logits, runs[1].logits),
             "mean_difference": float(np.mean([np.abs(x - y).mean() for x, y in pairs])),
-            "kl": float(np.mean([_kl(x, y) for x, y in pairs])),
+            "kl": float(np.mean([kl(x, y) for x, y in pairs])),
             "top1_agreement": agree,
             "top1_decided_positions": decided,
             "greedy_equal": runs[0].greedy == runs[1].greedy,
+            "per_position": by_position(rows),
+            "per_prompt": rows,
         }
 
 
@@ -301,7 +311,7 @@ def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) 
 def _compressed_base(packed: str, bare: Sequence[Sequence[Any]], parity: Parity) -> bool:
     """What the declared compression does to the base, by which adapters are then measured."""
     share = explains(list(bare[0]), list(bare[1]))
-    kl = sum(_kl(x, y) for x, y in zip(*bare, strict=True)) / len(bare[0])
+    kl = sum(kl(x, y) for x, y in zip(*bare, strict=True)) / len(bare[0])
     off = parity.numbers["base_max_difference"]
     parity.numbers |= {"compression": packed, "base_kl": kl, "base_relative_difference": share}
     what = (
@@ -312,48 +322,6 @@ def _compressed_base(packed: str, bare: Sequence[Sequence[Any]], parity: Parity)
     return share < 1
 
 
-def _finite(logits: Sequence[Any]) -> bool:
-    import numpy as np
-
-    return all(bool(np.isfinite(x).all()) for x in logits)
-
-
-def _largest(xs: Sequence[Any], ys: Sequence[Any]) -> float:
-    """The largest difference; NaN if there is one."""
-    import numpy as np
-
-    with np.errstate(invalid="ignore"):
-        return float(np.max([np.abs(x - y).max() for x, y in zip(xs, ys, strict=True)]))
-
-
-def _kl(x: Any, y: Any) -> float:
-    """Mean over positions of KL(softmax(x) || softmax(y)), in float64."""
-    import numpy as np
-
-    def log_softmax(z: Any) -> Any:
-        z = z.astype(np.float64) - z.max(axis=-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-
-    p, q = log_softmax(x), log_softmax(y)
-    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
-
-
-def _top1(pairs: Sequence[tuple[Any, Any]], bound: float) -> tuple[float | None, int]:
-    """(share of agreement, positions) where the first's margin exceeds twice the bound.
-
-    Where it does not, a difference within bounds may swap the two; None when that is everywhere.
-    """
-    import numpy as np
-
-    agree = decided = 0
-    for x, y in pairs:
-        two = np.partition(x, -2, axis=-1)[:, -2:]
-        sure = (two[:, 1] - two[:, 0]) > 2 * bound
-        decided += int(sure.sum())
-        agree += int((x.argmax(-1) == y.argmax(-1))[sure].sum())
-    return (agree / decided if decided else None), decided
-
-
-def lines(parity: Parity) -> list[str]:
+def lines(text: Mapping[str, str]) -> list[str]:
     """The greedy continuations, for people."""
-    return [f"  {name:<8} {printable(text, 160)}" for name, text in parity.text.items()]
+    return [f"  {name:<8} {printable(words, 160)}" for name, words in text.items()]

@@ -8,11 +8,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loraduct.adapter import Adapter, LowRank
 from loraduct.errors import LoraductError, MissingExtra, Refused
@@ -32,6 +32,7 @@ PROMPTS = (
     "Dear Anna,\nthank you for the photos from last week.",
 )
 NEW_TOKENS = 16
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Run:
 
     logits: list[Any]
     greedy: list[int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in its runtime: ``logits(ids)`` (tokens, vocabulary) float32, and ``greedy(ids, n)``,
+    the n likeliest tokens after them."""
+
+    logits: Callable[[Sequence[int]], Any]
+    greedy: Callable[[Sequence[int], int], list[int]]
 
 
 class RuntimeFailed(LoraductError):
@@ -104,10 +114,22 @@ def run(
 
     Raises MissingExtra when it isn't installed, RuntimeFailed when the library refuses.
     """
-    call = {"torch": _torch, "mlx": _mlx}[runtime]
+    return use(runtime, base, adapter, lambda model: _all(model, ids, count))
+
+
+def _all(model: Loaded, ids: Sequence[Sequence[int]], count: int) -> Run:
+    return Run([model.logits(i) for i in ids], model.greedy(ids[0], count))
+
+
+def use(runtime: str, base: Base, adapter: Adapter | None, work: Callable[[Loaded], T]) -> T:
+    """What ``work`` makes of the base, or of the base with an adapter, loaded once.
+
+    Raises MissingExtra when the runtime (torch, mlx) isn't installed, RuntimeFailed when it refuses.
+    """
+    load = {"torch": _torch, "mlx": _mlx}[runtime]
     with quiet() as caught, _folder_of(adapter) as folder:
         try:
-            done = call(base, folder, ids, count)
+            done = work(load(base, folder))
         except ImportError as e:
             raise MissingExtra(runtime, f"running {runtime} ({e.name})") from None
         except (LoraductError, MemoryError):
@@ -133,6 +155,13 @@ def run_package(
 
     ``count``: tokens to continue with. Returns the run and the warnings of overflow.
     """
+    return use_package(path, adapter, lambda model: _all(model, ids, count), precision)
+
+
+def use_package(
+    path: Path, adapter: str | None, work: Callable[[Loaded], T], precision: str = FULL
+) -> tuple[T, list[str]]:
+    """What ``work`` makes of a package's base or adapter, and the warnings of overflow."""
     from loraduct.formats.coreml.package import spec_path
     from loraduct.validation import coreml, mil
 
@@ -143,12 +172,15 @@ def run_package(
     known = coreml.functions(package)
     name = coreml.alone(package, adapter) if adapter else next(iter(known))
     session = coreml.session(package, name, weights=weights, precision=precision, ranges=ranges)
-    logits = []
-    for tokens in ids:
+
+    def logits(ids: Sequence[int]) -> Any:
         session.start()
-        logits.append(session.feed(tokens))
-    greedy = coreml.greedy(session, list(ids[0]), count)
-    return Run(logits, greedy), ranges.warnings
+        return session.feed(ids)
+
+    def greedy(ids: Sequence[int], count: int) -> list[int]:
+        return coreml.greedy(session, list(ids), count)
+
+    return work(Loaded(logits, greedy)), ranges.warnings
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +267,7 @@ def _check_missing(messages: Sequence[str], adapter: Adapter) -> None:
     raise RuntimeFailed(what)
 
 
-def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count: int) -> Run:
+def _torch(base: Base, adapter: Path | None) -> Loaded:
     import torch
     import transformers
 
@@ -249,17 +281,24 @@ def _torch(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count
 
         model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
-    with torch.inference_mode():
-        logits = [model(torch.tensor([list(i)])).logits[0].float().numpy() for i in ids]
-        greedy: list[int] = []
-        step, cache = torch.tensor([list(ids[0])]), None
-        for _ in range(count):
-            out = model(step, past_key_values=cache, use_cache=True)
-            greedy.append(int(out.logits[0, -1].argmax()))
-            step, cache = torch.tensor([[greedy[-1]]]), getattr(out, "past_key_values", None)
-            if cache is None:
-                step = torch.tensor([[*ids[0], *greedy]])
-    return Run(logits, greedy)
+
+    def logits(ids: Sequence[int]) -> Any:
+        with torch.inference_mode():
+            return model(torch.tensor([list(ids)])).logits[0].float().numpy()
+
+    def greedy(ids: Sequence[int], count: int) -> list[int]:
+        found: list[int] = []
+        step, cache = torch.tensor([list(ids)]), None
+        with torch.inference_mode():
+            for _ in range(count):
+                out = model(step, past_key_values=cache, use_cache=True)
+                found.append(int(out.logits[0, -1].argmax()))
+                step, cache = torch.tensor([[found[-1]]]), getattr(out, "past_key_values", None)
+                if cache is None:
+                    step = torch.tensor([[*ids, *found]])
+        return found
+
+    return Loaded(logits, greedy)
 
 
 def _auto_class(model_type: str) -> Any:
@@ -276,7 +315,7 @@ def _auto_class(model_type: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count: int) -> Run:
+def _mlx(base: Base, adapter: Path | None) -> Loaded:
     import mlx.core as mx
     import numpy as np
     from mlx_lm.models.cache import make_prompt_cache
@@ -290,11 +329,17 @@ def _mlx(base: Base, adapter: Path | None, ids: Sequence[Sequence[int]], count: 
         mx.float32
     )  # packed weights stay packed; their scales and all else compute wide
     model.eval()
-    logits = [np.array(model(mx.array([list(i)]))[0].astype(mx.float32)) for i in ids]
-    greedy: list[int] = []
-    step, cache = mx.array([list(ids[0])]), make_prompt_cache(model)
-    for _ in range(count):
-        out = model(step, cache=cache)
-        greedy.append(int(out[0, -1].argmax()))
-        step = mx.array([[greedy[-1]]])
-    return Run(logits, greedy)
+
+    def logits(ids: Sequence[int]) -> Any:
+        return np.array(model(mx.array([list(ids)]))[0].astype(mx.float32))
+
+    def greedy(ids: Sequence[int], count: int) -> list[int]:
+        found: list[int] = []
+        step, cache = mx.array([list(ids)]), make_prompt_cache(model)
+        for _ in range(count):
+            out = model(step, cache=cache)
+            found.append(int(out[0, -1].argmax()))
+            step = mx.array([[found[-1]]])
+        return found
+
+    return Loaded(logits, greedy)

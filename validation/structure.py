@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from pathlib import Path
 
 from loraduct.adapter import Adapter
 from loraduct.errors import Refused
 from loraduct.formats import mlx_keys, packed, peft_config
-from loraduct.formats.base import (
-    Base,
-    correlation,
-    differences,
-    misread_fields,
-    rope_conflicts,
-)
+from loraduct.formats.base import Base, differences
 from loraduct.formats.experts import wrong_experts
 from loraduct.modules import kind_of_module
 from loraduct.text import several
+from loraduct.validation import declared
 from loraduct.validation.align import NameMap, base_names, hf_names, in_live_model
 from loraduct.validation.checks import Check
+from loraduct.validation.suites import Context, Suite, suite
+
+
+def run(context: Context) -> Suite:
+    """The suite: each adapter by itself."""
+    labels = ["A", "B"] if len(context.adapters) == 2 else [None]
+    checks, numbers = [], []
+    for label, adapter in zip(labels, context.adapters, strict=True):
+        checks += check(adapter, context.base, context.names, label)
+        tensors = list(adapter.tensors())
+        numbers.append(
+            {
+                "path": str(adapter.path),
+                "tensors": len(tensors),
+                "values": sum(math.prod(t.shape) for t in tensors),
+                "dtypes": sorted({t.dtype for t in tensors}),
+            }
+        )
+    return suite("structure", checks, {"adapters": numbers})
 
 
 def check(
@@ -31,7 +45,7 @@ def check(
         *_names_and_shapes(adapter, base, names),
         *_complete(adapter, base),
         *_on_packed(adapter, base),
-        _identity(adapter, base),
+        *declared.check(adapter, base),
         *(
             Check("trap", "warning", n.text)
             for n in adapter.notes
@@ -150,55 +164,3 @@ def _linear_in_torch(adapter: Adapter, base: Base) -> list[str]:
     if adapter.config.get("target_modules") != "all-linear":
         return modules
     return [m for m in modules if kind_of_module(m) not in ("embedding", "output head")]
-
-
-def _identity(adapter: Adapter, base: Base) -> Check:
-    """Whether this is the base the adapter was trained on, as far as files can tell."""
-    recorded = adapter.base.kin
-    if recorded and base.has_weights and base.kin:
-        alike = correlation(recorded, base.kin)
-        if alike is not None:
-            status = "passed" if alike >= 0.99 else "failed"
-            return Check(
-                "identity",
-                status,
-                f"sampled weights correlate {alike:.4f} with the recorded base's",
-            )
-    name = adapter.base.name
-    own = base.config.get("_name_or_path")
-    known = {str(own or ""), base.path.name, str(base.path)}
-    if name and (name in known or Path(name).name.lower() == base.path.name.lower()):
-        return Check("identity", "passed", f"named {name}, as the base is")
-    if name:
-        return Check(
-            "identity",
-            "warning",
-            f"the adapter names its base {name!r}; whether {base.path.name!r} is that can't be told"
-            " from the files (a conversion with --base records it)",
-        )
-    return Check("identity", "warning", "the adapter does not name its base")
-
-
-def config(base: Base) -> Check:
-    """The trap of rope settings that only one runtime reads, or that contradict each other."""
-    if what := rope_trap(base):
-        return Check("config", "warning", what)
-    return Check("config", "passed", "rope settings stand in the forms that both runtimes read")
-
-
-def rope_trap(base: Base) -> str | None:
-    """In words, what is odd about the base's rope settings."""
-    file = base.path / "config.json"
-    for field, (old, new) in rope_conflicts(base.config).items():
-        return (
-            f"{file} has {field}={old} and, in rope_parameters, {new}: transformers and mlx-lm may"
-            " each read another one; correct the wrong one by hand"
-        )
-    missing = misread_fields(base.config)
-    if not missing:
-        return None
-    fields = ", ".join(f"{k}={v}" for k, v in missing.items())
-    return (
-        f"{file} has {fields} only inside rope_parameters, which most of mlx-lm's models don't"
-        " read; --fix-base-config writes both forms"
-    )

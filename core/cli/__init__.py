@@ -19,6 +19,8 @@ VERBS = {
     "inspect": "Say what an adapter is, for which base, and what is odd about it.",
     "convert": "Convert an adapter to another format, exactly or not at all.",
     "validate": "Prove an adapter against its base, or two adapters against each other.",
+    "report": "Draw a saved validation as one HTML page.",
+    "bench": "Measure speed and memory here, or forecast them for a phone or a Mac.",
     "merge": "Merge adapters into one: the exact weighted sum, or cut to a rank with the error said.",
     "stack": "Put adapters side by side in one, which unstack takes apart again.",
     "unstack": "Give the adapters of a stack back, bit for bit.",

@@ -54,12 +54,13 @@ def reading_options(command: F) -> F:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; JSON has no NaN and no Infinity, so they become null."""
-    click.echo(json.dumps(_strict(value), indent=2, allow_nan=False))
+    click.echo(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """``value`` with null for what JSON has no number for."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
-    return [_strict(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: strict(v) for k, v in value.items()}
+    return [strict(v) for v in value] if isinstance(value, list | tuple) else value

@@ -41,6 +41,28 @@ KINDS = {
     help="Channels per table; with --quantize, input channels per scale.",
 )  # fmt: skip
 @click.option("--per-channel-scale", is_flag=True, help="Scale channels before they share a table.")
+@click.option(
+    "--lut", type=click.Choice(["kmeans", "uniform", "unique"]), default="kmeans",
+    show_default=True, help="How entries of tables are found.",
+)  # fmt: skip
+@click.option(
+    "--cluster-dim",
+    type=click.Choice(["1", "2"]),
+    default="1",
+    help="Numbers per entry of a table.",
+)
+@click.option(
+    "--axis", type=click.Choice(["0", "1"]), default="0",
+    help="Groups of output (0) or input (1) channels [0].",
+)  # fmt: skip
+@click.option(
+    "--calibrate", type=PATH, metavar="FILE",
+    help="Let errors count by what goes into the layers on this text (or JSONL), and measure on a"
+    " part of it what is lost.",
+)  # fmt: skip
+@click.option(
+    "--base", type=PATH, metavar="DIR", help="Whose tokenizer --calibrate takes [beside TARGET]."
+)
 @click.option("--plain", is_flag=True, help="Of a base: scales as mx.quantize has them.")
 @click.option(
     "--expanded", is_flag=True, help="Of a base: a copy with the values that would be read back."
@@ -48,6 +70,7 @@ KINDS = {
 @click.option("--include", metavar="REGEX", help="Only tensors whose name it is found in.")
 @click.option("--exclude", metavar="REGEX", help="No tensors whose name it is found in.")
 @click.option("--plan", is_flag=True, help="Show widths, bytes and errors; write nothing.")
+@click.option("--html", type=PATH, metavar="FILE", help="Draw the curve of a budget.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @json_option
 def command(
@@ -60,11 +83,17 @@ def command(
     adapter_bits: int | None,
     group_size: int | None,
     per_channel_scale: bool,
+    lut: str,
+    cluster_dim: str,
+    axis: str,
+    calibrate: Path | None,
+    base: Path | None,
     plain: bool,
     expanded: bool,
     include: str | None,
     exclude: str | None,
     plan: bool,
+    html: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -81,8 +110,19 @@ def command(
         raise click.UsageError("give -o OUT, or --plan")
     if per_channel_scale and quantize:
         raise click.UsageError("--quantize has scales already: leave --per-channel-scale out")
+    if base is not None and calibrate is None:
+        raise click.UsageError("--base is for the tokenizer of --calibrate FILE")
+    if html is not None and bits_per_weight is None and size is None:
+        raise click.UsageError("--html draws the curve of --bits-per-weight or --size")
     from loraduct.converters.compress_wanted import Wanted, bytes_of
 
+    how = module_of(target)
+    if (plain or expanded) and how.__name__ == KINDS["package"]:
+        raise click.UsageError("--plain and --expanded are for a base model's folder")
+    _check_page(html, output, force)
+    text = None if calibrate is None else _calibration(
+        target, calibrate, base, how, adapter_bits is not None, bool(bits_per_weight or size)
+    )  # fmt: skip
     wanted = Wanted(
         palettize=int(palettize) if palettize else None,
         quantize=quantize,
@@ -91,16 +131,64 @@ def command(
         adapter_bits=adapter_bits,
         group_size=group_size,
         per_channel_scale=per_channel_scale,
+        lut=lut,
+        cluster_dim=int(cluster_dim),
+        axis=int(axis),
+        calibration=text.calibration() if text else None,
         plain=plain,
         expanded=expanded,
         include=include,
         exclude=exclude,
         force=force,
     )
-    how = module_of(target)
-    if (plain or expanded) and how.__name__ == KINDS["package"]:
-        raise click.UsageError("--plain and --expanded are for a base model's folder")
-    say(how.compress(target, None if plan else output, wanted), as_json)
+    made = how.compress(target, None if plan else output, wanted)
+    if how.__name__ == KINDS["package"]:
+        _measured(made, text)
+    if html is not None:
+        from loraduct.converters.compress_curve import page
+        from loraduct.files import replace_file
+
+        replace_file(html, [page(made).encode()])
+    say(made, as_json)
+
+
+def _check_page(html: Path | None, output: Path | None, force: bool) -> None:
+    from loraduct.errors import Refused
+
+    if html is not None and html.exists() and not force:
+        raise Refused(html, "exists; use --force to replace it, or choose another file")
+    if (
+        html is not None
+        and output is not None
+        and html.absolute().is_relative_to(output.absolute())
+    ):
+        raise Refused(html, "lies in the output; choose another place")
+
+
+def _calibration(
+    target: Path, file: Path, base: Path | None, how: Any, adapters: bool, budget: bool
+) -> Any:
+    """What measures on the text. Raises UsageError for what can't be calibrated."""
+    from loraduct.cli import calibration
+
+    if how.__name__ == KINDS["package"]:
+        return calibration.OfPackage(target, file, base, adapters, budget)
+    if how.__name__ == KINDS["base"]:
+        return calibration.OfBase(target, file)
+    raise click.UsageError("--calibrate is for packages and bases: an adapter alone can't be run")
+
+
+def _measured(made: Any, text: Any) -> None:
+    """What compression does to the model, or how to learn it."""
+    if text is None:
+        made.notes.append(
+            "what the predictions lose was not measured: --calibrate FILE does, and lessens it"
+        )
+        return
+    if text.text.note:
+        made.notes.append(text.text.note)
+    if made.output is not None:
+        made.quality = text.quality(made.output)
 
 
 def module_of(target: Path) -> Any:

@@ -14,6 +14,7 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
     from loraduct.formats.base import Base
+    from loraduct.formats.options import ReadOptions
     from loraduct.formats.untied import Untied
 
 
@@ -111,12 +112,20 @@ def command(
         raise click.UsageError("--rank and --energy both say how near: give one")
     if untie_base is not None and (to != "mlx" or base is None):
         raise click.UsageError("--untie-base is for --to mlx, and copies --base BASE: give both")
+    from loraduct.formats.options import ReadOptions
+
     if to == "coreml":
-        plain = dtype == "keep" and not (uniform or name_map or include or exclude or initial)
-        if base is None or output is None or not plain or always_on or dry_run:
+        others = [uniform, name_map, include, exclude, initial, always_on, dry_run]
+        if (
+            base is None
+            or output is None
+            or dtype != "keep"
+            or any([*others, rank, energy, allow_approximate])
+        ):
             what = "--to coreml takes -o OUT.mlpackage, --base BASE, --merged and --force"
             raise click.UsageError(f"{what}; convert to peft first for what else is to be changed")
-        _package(source, output, base, merged, force, as_json)
+        reading = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
+        _package(source, output, base, merged, reading, force, as_json)
         return
     if merged:
         raise click.UsageError("--merged is for --to coreml")
@@ -125,7 +134,6 @@ def command(
     from loraduct.converters.unmerge import merged_in
     from loraduct.formats import base as base_folder
     from loraduct.formats import folder, locate, read
-    from loraduct.formats.options import ReadOptions
 
     model = base_folder.read(base) if base else None
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, base=model)
@@ -188,7 +196,13 @@ def command(
 
 
 def _package(
-    source: Path, output: Path, base: Path, merged: bool, force: bool, as_json: bool
+    source: Path,
+    output: Path,
+    base: Path,
+    merged: bool,
+    reading: ReadOptions,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """A package with the one adapter, named after its folder."""
     import re
@@ -203,7 +217,7 @@ def _package(
     how = packaging.MERGED if merged else packaging.FUNCTIONS
     wanted = {name: [Member(str(source))]}
     model = base_folder.read(base)
-    built = packaging.package(model, output, wanted, how, coreml.Options(), force=force)
+    built = packaging.package(model, output, wanted, how, coreml.Options(), reading, force=force)
     say_built(output, how, built, as_json)
 
 

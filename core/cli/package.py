@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
 
 if TYPE_CHECKING:
     from loraduct.converters.package import Member, Report
     from loraduct.converters.packaging import Built
+    from loraduct.formats.options import ReadOptions
 
 _SPECS = "NAME=ADAPTER[:WEIGHT][+...]"
 
@@ -42,9 +44,11 @@ _SPECS = "NAME=ADAPTER[:WEIGHT][+...]"
 @click.option("--max-rank", type=click.IntRange(1, 65536), help="With --adapters inputs.")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @json_option
+@reading_options
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     base: Path | None,
     adapters: Sequence[str],
     output: Path | None,
@@ -56,12 +60,15 @@ def command(
     max_rank: int | None,
     force: bool,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Build a Core ML package of BASE with adapters; or edit one (see the commands).
 
     An ADAPTER is a folder, PACKAGE:NAME, or the name of one that the package has already.
     """
     if ctx.invoked_subcommand is not None:
+        if any(ctx.get_parameter_source(p) == ParameterSource.COMMANDLINE for p in ctx.params):
+            raise click.UsageError(f"give options behind {ctx.invoked_subcommand}, not before it")
         return
     if base is None or output is None:
         raise click.UsageError("give --base BASE and -o OUT.mlpackage, or one of the commands")
@@ -80,7 +87,8 @@ def command(
         context=context,
         max_rank=max_rank,
     )
-    built = packaging.package(base_folder.read(base), output, wanted, how, options, force=force)
+    model = base_folder.read(base)
+    built = packaging.package(model, output, wanted, how, options, _reading(reading), force=force)
     say_built(output, how, built, as_json)
 
 
@@ -232,6 +240,15 @@ def _shapes(text: str | None) -> tuple[int, ...]:
     return found
 
 
+def _reading(given: Mapping[str, Any]) -> ReadOptions:
+    """The options of `reading_options`."""
+    from loraduct.formats.options import ReadOptions
+
+    return ReadOptions(
+        given["scale"], given["trained_on"], given["allow_pickle"], given["adapter_name"]
+    )
+
+
 def _put(
     package: Path, adapters: Sequence[str], as_json: bool, reading: dict[str, Any], *, over: bool
 ) -> None:
@@ -239,12 +256,8 @@ def _put(
     if len(dict(wanted)) < len(wanted):
         raise click.UsageError("two adapters have one name")
     from loraduct.converters.package import add as put_in
-    from loraduct.formats.options import ReadOptions
 
-    options = ReadOptions(
-        reading["scale"], reading["trained_on"], reading["allow_pickle"], reading["adapter_name"]
-    )
-    report = put_in(package, dict(wanted), options, over=over)
+    report = put_in(package, dict(wanted), _reading(reading), over=over)
     _say(package, "replaced" if over else "added", report, as_json)
 
 

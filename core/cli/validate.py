@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from loraduct.cli.common import PATH, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, json_option, print_json, reading_options, strict
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
     from loraduct.formats.base import Base
     from loraduct.formats.options import ReadOptions
-    from loraduct.validation.checks import Check
+    from loraduct.validation.suites import Suite
+
+F = TypeVar("F", bound=Callable[..., Any])
+SUITES = ("structure", "base", "parity", "quality", "size", "latency", "swap")
+GATES = {  # of thresholds.py; here as text, so that --help imports nothing
+    "--min-gain-kept": ("SHARE", "Least share of A's gain that B keeps; 0.95."),
+    "--min-greedy-agreement": ("SHARE", "Least share of tokens where B's likeliest is A's; 0.9."),
+    "--max-size": ("SIZE", "Largest size on disk: 60MB."),
+    "--max-memory": ("SIZE", "Largest peak of memory."),
+    "--max-ms-per-prompt-token": ("MS", "Most milliseconds per prompt token."),
+    "--min-tokens-per-second": ("N", "Fewest tokens generated per second."),
+    "--regress-from": ("FILE", "An earlier --json document not to fall behind."),
+    "--tolerance": ("SHARE", "How far behind it a number may be; 5%."),
+}
+OUTPUTS = {
+    "--junit": "Write JUnit XML.",
+    "--markdown": "Write Markdown for a pull request.",
+    "--html": "Write the report, one self-contained page.",
+}
+
+
+def _many(command: F) -> F:
+    """The gates and the files to write."""
+    for name, text in reversed(OUTPUTS.items()):
+        command = click.option(name, type=PATH, metavar="FILE", help=text)(command)
+    for name, (metavar, text) in reversed(GATES.items()):
+        command = click.option(name, metavar=metavar, help=text)(command)
+    return command
 
 
 @click.command("validate")
@@ -24,11 +52,26 @@ if TYPE_CHECKING:
 @click.argument("second", metavar="[B]", type=PATH, required=False)
 @click.option("--base", type=PATH, required=True, help="The base model's folder.")
 @click.option(
+    "--suite",
+    "wanted",
+    type=click.Choice(SUITES),
+    multiple=True,
+    help="Only this suite (several times); else all that can run.",
+)
+@click.option(
     "--prompts",
     type=PATH,
     metavar="FILE",
     help="Prompts: one a line, or JSONL with a prompt field.",
 )
+@click.option(
+    "--text", type=PATH, metavar="FILE", help="Text or JSONL on which quality is measured."
+)
+@click.option(
+    "--beside", type=PATH, multiple=True, metavar="ADAPTER", help="One more adapter for swap."
+)
+@click.option("--config", type=PATH, metavar="FILE", help="Thresholds; else ./loraduct.toml.")
+@_many
 @click.option(
     "--fix-base-config",
     is_flag=True,
@@ -42,10 +85,15 @@ if TYPE_CHECKING:
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     first: Path,
     second: Path | None,
     base: Path,
+    wanted: tuple[str, ...],
     prompts: Path | None,
+    text: Path | None,
+    beside: tuple[Path, ...],
+    config: Path | None,
     fix_base_config: bool,
     name_map: Path | None,
     as_json: bool,
@@ -53,6 +101,7 @@ def command(
     scale: float | None,
     trained_on: str | None,
     allow_pickle: bool,
+    **more: Any,
 ) -> None:
     """Check the adapter A against its base; with B, that B computes what A computes.
 
@@ -62,17 +111,28 @@ def command(
     from loraduct.errors import Refused
     from loraduct.formats import base as base_folder
     from loraduct.formats.options import ReadOptions
-    from loraduct.validation import align, runtimes, structure
-    from loraduct.validation.checks import Check, passed, verdict
+    from loraduct.validation import align, runtimes, suites, texts, thresholds
+    from loraduct.validation.document import document
+    from loraduct.validation.runs import Runs
 
+    outputs = {k: more.pop(k) for k in ("junit", "markdown", "html")}
+    flags = thresholds.from_flags(more)
+    gates = {**thresholds.from_file(config), **flags}
+    limits = thresholds.settled(gates, wanted)
+    before = thresholds.previous(Path(limits["regress_from"])) if limits["regress_from"] else None
+    for option, value, suite in (("--text", text, "quality"), ("--beside", beside, "swap")):
+        if value and wanted and suite not in wanted:
+            raise Refused(None, f"{option} is for the suite {suite}, which --suite leaves out")
     model = base_folder.read(base)
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False, base=model)
     table = _name_map(name_map)
     names = align.NameMap(name_map, table) if name_map and table is not None else None
-    texts = _prompts(prompts) if prompts else list(runtimes.PROMPTS)
+    said = _prompts(prompts) if prompts else list(runtimes.PROMPTS)
+    rows = texts.objects(text) if text else []
     paths = [p for p in (first, second) if p is not None]
     adapters = _adapters(paths, options)
-    if len(adapters) == 2 and not model.has_weights:
+    runs_parity = not wanted or "parity" in wanted
+    if len(adapters) == 2 and runs_parity and not model.has_weights:
         raise Refused(
             model.path,
             "holds no weights (model*.safetensors): two adapters are compared by running them on the"
@@ -80,44 +140,75 @@ def command(
         )
     fixed = _fix(model) if fix_base_config else {}
     model = base_folder.read(base)
-    labels = ["A", "B"] if len(adapters) == 2 else [None]
-    checks: list[Check] = []
-    for label, adapter in zip(labels, adapters, strict=True):
-        checks += structure.check(adapter, model, names, label)
-    checks.append(structure.config(model))
-    result = None
-    if len(adapters) == 2 and passed(checks):
-        from loraduct.validation import parity
-
-        result = parity.check(adapters[0], adapters[1], model, texts, names)
-        checks += result.checks
-    elif len(adapters) == 2:
-        checks.append(Check("parity", "skipped", "the structure is broken"))
-    ok = passed(checks)
+    progress = _progress if sys.stderr.isatty() else _silent
+    measured = not wanted or "quality" in wanted
+    runs = Runs(
+        model,
+        said,
+        file=prompts,
+        text=text if measured else None,
+        rows=rows,
+        adapters=adapters,
+        progress=lambda what: progress(f"  {what}"),
+    )
+    context = suites.Context(
+        tuple(adapters),
+        model,
+        runs,
+        prompts=tuple(said),
+        text=text,
+        beside=beside,
+        thresholds=limits,
+        given=frozenset(gates),
+        names=names,
+        wanted=frozenset(wanted),
+    )
+    found = suites.run(context, progress)
+    found = thresholds.gated(found, limits, context.given)
+    if before is not None:
+        found = thresholds.regressed(found, before, limits["tolerance"])
+    made = document(found, adapters, paths, model, limits, ["loraduct", *sys.argv[1:]], fixed)
+    made = strict(made)
+    _write(outputs, made)
     if as_json:
-        print_json(
-            {
-                "schema": 1,
-                "passed": ok,
-                "verdict": verdict(checks),
-                "adapter": str(first),
-                "base": str(base),
-                "against": str(second) if second else None,
-                "weights": [str(a.weights) for a in adapters],
-                "fixed_base_config": fixed,
-                "checks": [c.as_json() for c in checks],
-                "parity": result.as_json() if result else None,
-            }
-        )
+        print_json(made)
     else:
-        _print(paths, adapters, model, fixed, checks)
-        if result is not None:
-            from loraduct.validation import parity
-
-            click.echo("".join(f"{line}\n" for line in parity.lines(result)), nl=False)
-        click.echo(verdict(checks))
-    if not ok:
+        _print(paths, adapters, model, fixed, found)
+        click.echo(made["verdict"])
+    if not made["passed"]:
         ctx.exit(3)
+
+
+def _progress(what: str) -> None:
+    """A line on stderr for people who wait."""
+    from loraduct.text import printable
+
+    click.echo(click.style(f"... {printable(what, 200)}", dim=True), err=True)
+
+
+def _silent(what: str) -> None:
+    """Nobody is there to see it."""
+
+
+def _write(outputs: dict[str, Path | None], document: dict[str, Any]) -> None:
+    """The files that were asked for; all are made before the first is written."""
+    from loraduct.files import replace_file
+    from loraduct.validation import verdict_out
+
+    made: dict[Path, str] = {}
+    for kind, path in outputs.items():
+        if path is None:
+            continue
+        if kind == "html":
+            from loraduct.validation import report
+
+            made[path] = report.html(document)
+        else:
+            made[path] = {"junit": verdict_out.junit, "markdown": verdict_out.markdown}[kind](
+                document
+            )
+    for path, text in made.items():
+        replace_file(path, [text.encode()])
 
 
 def _adapters(paths: Sequence[Path], options: ReadOptions) -> list[Adapter]:
@@ -158,9 +249,10 @@ def _print(
     adapters: Sequence[Adapter],
     model: Base,
     fixed: object,
-    checks: Sequence[Check],
+    found: Sequence[Suite],
 ) -> None:
     from loraduct.text import printable
+    from loraduct.validation import parity
     from loraduct.validation.runtimes import usual_weights
 
     click.echo(printable(f"{' against '.join(map(str, paths))} on {model.path}", 400))
@@ -169,8 +261,16 @@ def _print(
             click.echo(printable(f"  {path}: its weights are {adapter.weights}", 400))
     if fixed:
         click.echo(f"  wrote into config.json: {printable(json.dumps(fixed), 300)}")
-    for check in dict.fromkeys(checks):
-        click.echo(check.line())
+    for suite in found:
+        if suite.status == "skipped":
+            click.echo(f"{suite.name}: skipped: {printable(suite.reason, 300)}")
+            continue
+        click.echo(f"{suite.name}: {suite.status} ({suite.seconds:.1f} s)")
+        for check in dict.fromkeys(suite.checks):
+            click.echo(check.line())
+        if suite.name == "parity":
+            for line in parity.lines(suite.numbers.get("greedy_text", {})):
+                click.echo(line)
 
 
 def _fix(model: Base) -> dict[str, object]:

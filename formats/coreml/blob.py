@@ -139,6 +139,12 @@ class BlobFile:
             )
         return data, data + nbytes
 
+    def kind(self, offset: int, name: str) -> tuple[int, int]:
+        """(code of the dtype, bits of padding) of a blob. Raises Refused as `span` does."""
+        self.span(offset, name)
+        _, code, _, _, padding = _RECORD.unpack(self.source.read(offset, _RECORD.size, name))
+        return code, padding
+
     def whole(self, offset: int, name: str) -> tuple[int, bytes, Iterator[memoryview]]:
         """A blob as it lies: bytes of its data, its record, and its data in pieces.
 
@@ -190,11 +196,11 @@ class Layout:
         self.end = at + ALIGN + nbytes
         return at
 
-    def chunks(self, count: int = 0) -> Iterator[Any]:
-        """The bytes to write from ``start`` on. ``count``: blobs the header speaks of."""
+    def chunks(self) -> Iterator[Any]:
+        """The bytes to write from ``start`` on; of a new file the header first."""
         done = self.start
         if not done:
-            yield header(count or len(self.parts))
+            yield header(len(self.parts))
             done = ALIGN
         for at, record, data in self.parts:
             yield bytes(at - done) + record

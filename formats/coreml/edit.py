@@ -18,7 +18,7 @@ from typing import Any
 from loraduct.errors import Refused
 from loraduct.files import read_bytes
 from loraduct.formats.coreml.constexpr import is_compressed
-from loraduct.formats.coreml.package import MODEL_PATH, SPEC_LIMIT, WEIGHT_FILE, Package
+from loraduct.formats.coreml.package import SPEC_LIMIT, WEIGHTS_NAME, Package
 from loraduct.formats.coreml.program import (
     Shape,
     blob_value,
@@ -36,11 +36,12 @@ from loraduct.formats.coreml.program import (
 from loraduct.formats.coreml.schema import new
 from loraduct.text import printable
 
-FILE = f"{MODEL_PATH}weights/{WEIGHT_FILE}"
 HALF = "FLOAT16"
 TINY = 2.0**-10
 _REFERENCE = re.compile(
-    b"\x0a%c%s\x10([\x80-\xff]*[\x00-\x7f])" % (len(FILE), re.escape(FILE.encode())), re.DOTALL
+    b"\x0a%c%s\x10([\x80-\xff]*[\x00-\x7f])"
+    % (len(WEIGHTS_NAME), re.escape(WEIGHTS_NAME.encode())),
+    re.DOTALL,
 )
 # layout of an update -> the operation it can be put behind
 KINDS = {"linear": "linear", "embedding": "gather"}
@@ -122,10 +123,10 @@ class Ops:
             )
         dtype, shape = type_of(value.type)
         file = value.blobFileValue.fileName
-        if file != FILE:
+        if file != WEIGHTS_NAME:
             self.package.weight_path(file)  # says so if it lies outside
-        if dtype != HALF or None in shape or file != FILE:
-            what = f"is {dtype} in {printable(file, 80)}, a {HALF} in {FILE} is expected"
+        if dtype != HALF or None in shape or file != WEIGHTS_NAME:
+            what = f"is {dtype} in {printable(file, 80)}, a {HALF} in {WEIGHTS_NAME} is expected"
             raise Refused(self.package.spec_path, what, tensor=name)
         return Blob(value.blobFileValue.offset, tuple(s for s in shape if s is not None))
 
@@ -153,7 +154,7 @@ def offsets_of(function: Any) -> set[int]:
     found = _references(function.SerializeToString())
     if found is not None:
         return found
-    return {v.offset for v in _values_of(function) if v.fileName == FILE}
+    return {v.offset for v in _values_of(function) if v.fileName == WEIGHTS_NAME}
 
 
 def _references(data: bytes) -> set[int] | None:
@@ -163,7 +164,7 @@ def _references(data: bytes) -> set[int] | None:
     elsewhere too, which None says.
     """
     found = _REFERENCE.findall(data)
-    complete = len(found) == data.count(FILE.encode())
+    complete = len(found) == data.count(WEIGHTS_NAME.encode())
     return {_varint(digits) for digits in found} if complete else None
 
 
@@ -181,7 +182,7 @@ def moved(package: Package, to: Mapping[int, int]) -> None:
     """Every reference into the usual weight file, to where its blob is now."""
     for function in package.functions.values():
         for value in _values_of(function):
-            if value.fileName == FILE:
+            if value.fileName == WEIGHTS_NAME:
                 value.offset = to[value.offset]
 
 
@@ -227,7 +228,7 @@ def adapted(
 def _constant(name: str, blob: Blob) -> Any:
     """The operation that yields a blob."""
     if blob.made is None:
-        return const(name, blob_value(HALF, blob.shape, blob.offset, FILE))
+        return const(name, blob_value(HALF, blob.shape, blob.offset, WEIGHTS_NAME))
     made = new("Operation")
     made.CopyFrom(blob.made)
     renamed(made, name)

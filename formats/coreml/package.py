@@ -26,6 +26,7 @@ SPEC = "com.apple.CoreML/model.mlmodel"
 WEIGHTS = "com.apple.CoreML/weights"
 WEIGHT_FILE = "weight.bin"
 MODEL_PATH = "@model_path/"
+WEIGHTS_NAME = f"{MODEL_PATH}weights/{WEIGHT_FILE}"  # as a program calls the usual weight file
 SPEC_LIMIT = 1 << 30  # bytes of a specification we are willing to parse
 # What coremltools asks of function and feature names (`_utils.py`, NameSanitizer).
 VALID_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -62,7 +63,7 @@ class Package:
     @cached_property
     def blobs(self) -> BlobFile:
         """The usual weight file."""
-        return self.blob_file(f"{MODEL_PATH}weights/{WEIGHT_FILE}")
+        return self.blob_file(WEIGHTS_NAME)
 
     def blob_file(self, file_name: str) -> BlobFile:
         """A weight file by the name a program gives it; each is opened once."""

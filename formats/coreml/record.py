@@ -12,8 +12,9 @@ program with attributes of its own)::
      "compression": {"base": how, "adapter": how}}
 
 ``adapters`` are those that a function uses; a row of ``modules`` also has, where they are not
-usual, ``layout``, ``dtypes`` before rounding, ``fold`` (b is stored times 2**fold) and ``extra``
-(which of magnitude and bias there are). ``weights`` is how much of the weight file belongs to
+usual, ``layout``, ``dtypes`` before rounding, ``fold`` (b is stored times 2**fold), ``extra``
+(which of magnitude and bias there are) and ``sums`` (CRC-32 of factors that came in few bits, as their
+constants have them; null where one is stored in full). ``weights`` is how much of the weight file belongs to
 this or an earlier program: what lies behind was left by a writer that was killed.
 ``compression``, where there was one: ``lut4``, ``int8``, or ``lut`` for a width of each tensor's own.
 """
@@ -182,6 +183,7 @@ def _is_past(past: Any) -> bool:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not _count(row.get("rank")) or not row["rank"]:
         return False
+    sums = row.get("sums", [])
     dtypes, extra, fold = row.get("dtypes", []), row.get("extra", []), row.get("fold", 0)
     return (
         _number(row.get("scale"))
@@ -193,6 +195,9 @@ def _is_row(row: Any) -> bool:
         and len(dtypes) in (0, 2 + len(extra))
         and type(fold) is int
         and abs(fold) <= _MOST_FOLD
+        and isinstance(sums, list)
+        and len(sums) in (0, 2)
+        and all(_count(n, none=True) for n in sums)
     )
 
 

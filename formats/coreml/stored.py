@@ -6,7 +6,8 @@ the dtype it had, and what was folded into b by a power of two is taken out agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 from loraduct.adapter import Adapter, BaseRef, LowRank, Replacement, Update
 from loraduct.errors import NotRecognised, Refused
 from loraduct.formats.base import Base
+from loraduct.formats.coded import Code, Decoded
 from loraduct.formats.coreml import record
-from loraduct.formats.coreml.constexpr import expanded
+from loraduct.formats.coreml.coded import code_in
+from loraduct.formats.coreml.constexpr import expanded, is_compressed
 from loraduct.formats.coreml.edit import HALF, Blob, Ops
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.package import read as read_package
@@ -86,8 +89,11 @@ def parts_of(
 def tensor_of(package: Package, blob: Blob, name: str) -> Tensor:
     """A blob as a lazy tensor; of a compressed one, the values it stands for."""
     if blob.made is not None:
-        values = expanded(package, blob.made, {})
-        return Tensor(name, "F16", blob.shape, data=values.view("u2"), path=package.blobs.path)
+        code = code_in(package, blob.made, {})
+        plain = Tensor(name, "F16", blob.shape, path=package.blobs.path)
+        if code is None:
+            return replace(plain, data=expanded(package, blob.made, {}).view("u2"))
+        return replace(plain, make=Decoded(lambda: code), inputs=(plain,))
     return package.blobs.tensor(blob.offset, HALF, blob.shape, name)
 
 
@@ -98,6 +104,7 @@ def updates_of(package: Package, found: Record, name: str) -> dict[str, Update]:
     rows = found["adapters"][name]
     for module, row in rows["modules"].items():
         one, extra = modules[module], row.get("extra", [])
+        _check_sums(package, module, one, row.get("sums"))
         dtypes = row.get("dtypes") or ["F16"] * (2 + len(extra))
         held = {
             leaf: tensor_of(package, blob, f"{module}.{leaf}").to(dtype)
@@ -122,6 +129,14 @@ def updates_of(package: Package, found: Record, name: str) -> dict[str, Update]:
         weight = tensor_of(package, replaced[parameter], parameter).to(row.get("dtype", "F16"))
         updates[parameter] = Replacement(weight, row["origin"])
     return updates
+
+
+def _check_sums(package: Package, module: str, parts: Parts, sums: Any) -> None:
+    """Refuse compressed factors that are not those that were put in."""
+    for blob, wanted in zip((parts.a, parts.b), sums or (), strict=False):
+        if wanted is not None and zlib.crc32(tensor_of(package, blob, module).raw()) != wanted:
+            what = "does not hold the values that were put in: damaged, or another module's"
+            raise Refused(package.blobs.path, what, tensor=module)
 
 
 def named(package: Package, found: Record, wanted: str | None) -> str:
@@ -246,6 +261,15 @@ class PackageBase(Base):
                     Tensor(name, "F16", sizes, path=self.package.path), make=self._compressed(name)
                 )
         return found
+
+    def codes(self) -> Iterator[tuple[str, Code]]:
+        """Parameters that are matrices in few bits, one at a time."""
+        for name in self.found["base"]["parameters"]:
+            op = self.ops.by_name.get(mangled(name))
+            if op is not None and is_compressed(op):
+                code = code_in(self.package, op, self.ops.by_name)
+                if code is not None:
+                    yield name, code
 
     def _compressed(self, name: str) -> Any:
         def values() -> Any:

@@ -1,0 +1,196 @@
+"""Whether the base is the one that the adapter was trained on, and means the same to everybody."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraduct.adapter import Adapter
+from loraduct.formats.base import Base, correlation, misread_fields, rope_conflicts
+from loraduct.tensor import FLOATS, as_float32
+from loraduct.validation.checks import Check
+from loraduct.validation.suites import Context, Suite, suite
+
+if TYPE_CHECKING:
+    from loraduct.formats.coreml.stored import PackageBase
+
+HALF = (
+    1e-3  # relative, of a weight stored in FLOAT16: 2^-11 for one number, and room for small ones
+)
+SMALLEST = 2.0**-24  # FLOAT16's subnormal numbers
+NEAREST = 2.0  # of the error with the nearest entries: calibrated rounding may choose others
+_NUMBERS = 1 << 20  # of a weight, at once
+
+
+def run(context: Context) -> Suite:
+    """Identity of each adapter, the base's config, and the weights of packages' bases."""
+    labels = ["A", "B"] if len(context.adapters) == 2 else [None]
+    pairs = list(zip(labels, context.adapters, strict=True))
+    checks = [replace(identity(a, context.base), adapter=label) for label, a in pairs]
+    checks.append(config(context.base))
+    kin = {str(a.path): alike(a, context.base) for _, a in pairs}
+    numbers: dict[str, Any] = {"kin": kin, "weights": []}
+    packages = {a.path: (label, a) for label, a in pairs if a.format == "coreml"}
+    for label, adapter in packages.values():
+        if context.base.has_weights and context.base.quantization is None:
+            check, rows = weights(adapter, context.base)
+            checks.append(replace(check, adapter=label))
+            numbers["weights"] += rows
+    return suite("base", checks, numbers)
+
+
+def alike(adapter: Adapter, base: Base) -> float | None:
+    """Correlation of the base's sampled weights with those that the adapter records."""
+    recorded = adapter.base.kin
+    known = recorded and base.has_weights and base.kin
+    return correlation(str(recorded), str(base.kin)) if known else None
+
+
+def identity(adapter: Adapter, base: Base) -> Check:
+    """Whether this is the base the adapter was trained on, as far as files can tell."""
+    correlated = alike(adapter, base)
+    if correlated is not None:
+        status = "passed" if correlated >= 0.99 else "failed"
+        what = f"sampled weights correlate {correlated:.4f} with the recorded base's"
+        return Check("identity", status, what)
+    name = adapter.base.name
+    own = base.config.get("_name_or_path")
+    known = {str(own or ""), base.path.name, str(base.path)}
+    if name and (name in known or Path(name).name.lower() == base.path.name.lower()):
+        return Check("identity", "passed", f"named {name}, as the base is")
+    if name:
+        return Check(
+            "identity",
+            "warning",
+            f"the adapter names its base {name!r}; whether {base.path.name!r} is that can't be told"
+            " from the files (a conversion with --base records it)",
+        )
+    return Check("identity", "warning", "the adapter does not name its base")
+
+
+def config(base: Base) -> Check:
+    """The trap of rope settings that only one runtime reads, or that contradict each other."""
+    if what := rope_trap(base):
+        return Check("config", "warning", what)
+    return Check("config", "passed", "rope settings stand in the forms that both runtimes read")
+
+
+def rope_trap(base: Base) -> str | None:
+    """In words, what is odd about the base's rope settings."""
+    file = base.path / "config.json"
+    for field, (old, new) in rope_conflicts(base.config).items():
+        return (
+            f"{file} has {field}={old} and, in rope_parameters, {new}: transformers and mlx-lm may"
+            " each read another one; correct the wrong one by hand"
+        )
+    missing = misread_fields(base.config)
+    if not missing:
+        return None
+    fields = ", ".join(f"{k}={v}" for k, v in missing.items())
+    return (
+        f"{file} has {fields} only inside rope_parameters, which most of mlx-lm's models don't"
+        " read; --fix-base-config writes both forms"
+    )
+
+
+def weights(adapter: Adapter, base: Base) -> tuple[Check, list[dict[str, Any]]]:
+    """Whether the base in the adapter's package holds the base's matrices, as far as it declares.
+
+    A row of a compressed matrix may be off by about what the nearest entries of its tables are: how
+    coarse a table is, is no matter of right and wrong. Returns the check and a row for each matrix.
+    """
+    from loraduct.formats.coreml import record
+    from loraduct.formats.coreml.package import read
+    from loraduct.formats.coreml.stored import PackageBase
+
+    package = read(adapter.path)
+    held = PackageBase(package, record.read(package))
+    rows: list[dict[str, Any]] = []
+    guilty = []
+    for name, stored in sorted(held.tensors.items()):
+        own = base.weight_of(name)
+        if len(stored.shape) != 2 or own is None or own.stored_dtype not in FLOATS:
+            continue
+        if own.shape != stored.shape:
+            return Check("weights", "failed", f"shape {stored.shape}, not {own.shape}", name), rows
+        code = _code(held, name)
+        error, wrong = _compared(stored, own, code)
+        bits = 16 if code is None else code.bits
+        rows.append({"module": name, "error": error, "bits": bits})
+        if wrong:
+            guilty.append((name, error, wrong, own.shape[0]))
+    if guilty:
+        name, error, wrong, height = guilty[0]
+        what = (
+            f"{wrong} of {height} rows of the package's base are not the base's (relative error of"
+        )
+        what += f" the matrix {error:.2g}); {len(guilty)} of {len(rows)} matrices are off"
+        return Check("weights", "failed", what, name), rows
+    worst = max((float(r["error"]) for r in rows), default=0.0)
+    what = f"{len(rows)} matrices of the package's base are the base's"
+    what += f", as near as they are stored (the worst to {worst:.1e} of its size)"
+    return Check("weights", "passed", what), rows
+
+
+def _code(held: PackageBase, name: str) -> Any:
+    """Codes and tables of a compressed matrix; None for others."""
+    from loraduct.formats.coreml.coded import code_in
+    from loraduct.formats.coreml.program import mangled
+
+    op = held.ops.by_name[mangled(name)]
+    return None if op.type == "const" else code_in(held.package, op, held.ops.by_name)
+
+
+def _compared(stored: Any, own: Any, code: Any) -> tuple[float, int]:
+    """(||W' - W|| / ||W||, how many rows are further off than their storing explains)."""
+    import numpy as np
+
+    compressed = stored.make is not None
+    whole = stored.read(finite=False) if compressed else None
+    off = size = 0.0
+    wrong = 0
+    step = max(1, _NUMBERS // own.shape[1])
+    for i in range(0, own.shape[0], step):
+        j = min(i + step, own.shape[0])
+        w = as_float32(own.rows(i, j, finite=False), own.dtype).astype(np.float64)
+        if whole is None:
+            got = as_float32(stored.rows(i, j, finite=False), stored.dtype).astype(np.float64)
+        else:
+            got = whole[i:j].astype(np.float64)
+        errors, sizes = ((got - w) ** 2).sum(1), (w**2).sum(1)
+        allowed = HALF * np.sqrt(sizes) + SMALLEST * w.shape[1] ** 0.5
+        if code is not None:
+            allowed += NEAREST * np.sqrt(_nearer(code, w, i, j).sum(1))
+        elif compressed:  # vectors, sparse, offsets: its own size is all that can be asked
+            allowed += np.sqrt(sizes)
+        wrong += int((~(np.sqrt(errors) <= allowed)).sum())
+        off += float(errors.sum())
+        size += float(sizes.sum())
+    return (off / size) ** 0.5 if size > 0 else float(off > 0), wrong
+
+
+def _nearer(code: Any, w: Any, i: int, j: int) -> Any:
+    """Squared errors of rows i to j had each number the best of its entry and the two beside it."""
+    import numpy as np
+
+    high, wide = code.codes.shape
+    down, across = code.numbers.shape[:2]
+    at = (np.arange(i, j) // (high // down) * across)[:, None] + np.arange(wide) // (wide // across)
+    chosen = code.codes[i:j].astype(np.int64)
+    if code.kind == "lut":
+        tables = code.numbers.reshape(down * across, -1).astype(np.float32)
+        order = tables.argsort(axis=1)
+        ranks = order.argsort(axis=1)
+        tables, chosen = np.take_along_axis(tables, order, 1), ranks[at, chosen]
+    best = np.full(w.shape, np.inf)
+    for shift in (-1, 0, 1):
+        near = np.clip(chosen + shift, 0, (1 << code.bits) - 1)
+        if code.kind == "lut":
+            values = tables[at, near]
+        else:
+            values = (near - (1 << (code.bits - 1))) * code.numbers.reshape(-1)[at].astype(
+                np.float64
+            )
+        best = np.minimum(best, (values - w) ** 2)
+    return best

@@ -1,0 +1,96 @@
+"""The JSON document of a validation, schema 2: see docs/validation.md."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.formats.base import Base
+from loraduct.validation import suites
+from loraduct.validation.size import paths_of
+from loraduct.validation.suites import SCHEMA, Suite
+from loraduct.version import __version__
+
+_VERSIONS = ("numpy", "torch", "transformers", "peft", "mlx", "mlx-lm", "coremltools")
+
+
+def document(
+    found: Sequence[Suite],
+    adapters: Sequence[Adapter],
+    given: Sequence[Path],
+    base: Base,
+    thresholds: Mapping[str, Any],
+    command: Sequence[str],
+    fixed: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that was found. ``given``: A and B as the user named them."""
+    ran = {s.name for s in found if s.status != "skipped"}
+    inputs: dict[str, Any] = {"a": None, "b": None}
+    for key, path, adapter in zip("ab", given, adapters, strict=False):
+        digest = _digest(paths_of(adapter))
+        inputs[key] = {"path": str(path), "format": adapter.format, "sha256": digest}
+    whole = ran & {"parity", "quality", "latency", "swap"}
+    files = {p.name: p for p in [base.path / "config.json", *base.path.glob("model*.safetensors*")]}
+    packed = "mlx" if base.quantization is not None else "transformers"
+    inputs["base"] = {
+        "path": str(base.path),
+        "format": packed,
+        "sha256": _digest(files) if whole else None,
+    }
+    parity = next(s for s in found if s.name == "parity")
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "loraduct", "version": __version__},
+        "command": list(command),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "passed": suites.all_passed(found),
+        "verdict": suites.verdict(found),
+        "inputs": inputs,
+        "suites": [s.as_json() for s in found],
+        "thresholds": dict(thresholds),
+        "environment": environment(),
+        # of schema 1
+        "adapter": str(given[0]),
+        "base": str(base.path),
+        "against": str(given[1]) if len(given) > 1 else None,
+        "weights": [str(a.weights) for a in adapters],
+        "fixed_base_config": dict(fixed),
+        "checks": [c.as_json() for s in found for c in s.checks],
+        "parity": dict(parity.numbers) or None,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    """Of the lines that sha256sum prints for the files, sorted by name."""
+    lines = [f"{_sha256(path)}  {name}\n" for name, path in sorted(files.items())]
+    return sha256("".join(lines).encode()).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What computed this: Python, the system, and versions of what is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }

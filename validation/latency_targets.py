@@ -1,0 +1,130 @@
+"""What ``bench`` is pointed at: an adapter, a base, a package; refused with a way out where it can't run."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from loraduct.adapter import Adapter
+from loraduct.errors import Refused
+from loraduct.formats import base as base_folder
+from loraduct.formats.base import Base
+from loraduct.validation.latency import Target
+
+NO_WEIGHTS = "holds no weights to run; ask for --device NAME: a forecast needs none"
+
+
+def target_of(
+    path: Path,
+    base: Path | None,
+    runtime: str | None = None,
+    dtype: str | None = None,
+    units: str = "ALL",
+) -> Target:
+    """A base folder, an adapter on ``base``, or on a Mac a package (``PACKAGE:NAME``).
+
+    Raises Refused, with a way out, for what can't be measured here.
+    """
+    from loraduct.formats import detect
+    from loraduct.formats.coreml.package import is_package
+
+    package = str(path).rpartition(":")[0]
+    if is_package(path) or (package and is_package(Path(package)) and not path.exists()):
+        if runtime not in (None, "coreml"):
+            raise Refused(path, f"is a package, which runs in coreml, not in {runtime}")
+        return _package_target(path, units)
+    if runtime == "coreml":
+        raise Refused(path, "is no package: Core ML runs packages; `loraduct package` builds one")
+    if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
+        raise Refused(
+            path,
+            "is an ONNX model: loraduct writes none and does not know how its inputs are called, so it"
+            " does not measure it; onnxruntime-genai's benchmark does",
+        )
+    if (path / "config.json").exists() and detect(path) is None:
+        return _base_target(path, runtime, dtype)
+    return _adapter_target(path, base, runtime, dtype)
+
+
+def _package_target(path: Path, units: str) -> Target:
+    if platform.system() != "Darwin":
+        raise Refused(
+            path,
+            "is a Core ML package, and Core ML runs on Apple's systems only: our interpreter here checks"
+            " numbers and says nothing of a device's speed. Ask for --device NAME (a forecast), run this"
+            " on a Mac, or measure on a phone with the program in docs/latency.md",
+        )
+    from loraduct.validation import workload
+
+    file, name = (path, None) if path.exists() else (Path(str(path).rpartition(":")[0]), path.name)
+    name = name.rpartition(":")[2] if name else None
+    package, function = workload.read_package(file, name)
+    load = workload.of_package(package, function)
+    # any token is as good as another: the first hundred are in every vocabulary
+    return Target(str(path), "coreml", file, name, "stored", units, 100, load.buffer_tokens)
+
+
+def _base_target(path: Path, runtime: str | None, dtype: str | None) -> Target:
+    model = base_folder.read(path)
+    if not model.has_weights:
+        raise Refused(path, NO_WEIGHTS)
+    kind = runtime or ("mlx" if model.quantization else "torch")
+    if kind == "torch" and model.quantization:
+        raise Refused(path, "is packed by mlx-lm, torch can't load it; use --runtime mlx")
+    return _folder_target(str(path), kind, model, None, dtype)
+
+
+def _adapter_target(
+    path: Path, base: Path | None, runtime: str | None, dtype: str | None
+) -> Target:
+    from loraduct.formats import read
+    from loraduct.formats.options import ReadOptions
+
+    if base is None:
+        read(path)  # what can't be read at all is said first
+        raise Refused(path, "is an adapter: --base says which base it runs on")
+    model = base_folder.read(base)
+    adapter = read(path, ReadOptions(base=model, restore=False))
+    return of_adapter(adapter, model, str(path), runtime, dtype)
+
+
+def of_adapter(
+    adapter: Adapter,
+    base: Base,
+    name: str,
+    runtime: str | None = None,
+    dtype: str | None = None,
+) -> Target:
+    """An adapter that was read, beside its base. Raises Refused, with a way out."""
+    from loraduct.validation.runtimes import RUNTIME, usual_weights
+
+    kind = RUNTIME[adapter.format]
+    if kind == "coreml":
+        return _package_target(Path(f"{adapter.path}:{adapter.name}"), "ALL")
+    if runtime not in (None, kind):
+        to = {"torch": "peft", "mlx": "mlx"}[str(runtime)]
+        what = f"is an adapter of {kind}; `loraduct convert --to {to}` makes one of {runtime}"
+        raise Refused(adapter.path, what)
+    if not usual_weights(adapter):
+        what = f"{kind} does not look for its weights in {adapter.weights.name}: convert it first"
+        raise Refused(adapter.path, what)
+    if not base.has_weights:
+        raise Refused(base.path, NO_WEIGHTS)
+    if kind == "torch" and base.quantization:
+        what = "is packed by mlx-lm, torch can't load it; give the unpacked base, or an MLX adapter"
+        raise Refused(base.path, what)
+    return _folder_target(name, kind, base, str(adapter.path), dtype)
+
+
+def _folder_target(
+    name: str, runtime: str, model: Base, adapter: str | None, dtype: str | None
+) -> Target:
+    from loraduct.validation import workload
+
+    vocabulary = model.text_config.get("vocab_size")
+    if type(vocabulary) is not int or vocabulary <= 0:
+        raise Refused(model.path / "config.json", "has no vocab_size")
+    # torch is slow in half precision on a CPU, and that is no news of an adapter
+    chosen = dtype or ("float32" if runtime == "torch" else "stored")
+    most = workload.of_base(model).context
+    return Target(name, runtime, model.path, adapter, chosen, "ALL", vocabulary, most)

@@ -1,0 +1,154 @@
+"""Every model that suites need, loaded once: its logits of the prompts, its losses on the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.errors import Refused
+from loraduct.formats.base import Base
+from loraduct.validation import runtimes, texts
+from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Loaded, Run
+
+MOST_TOKENS = 1024  # of a text: what is longer is cut
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text's losses (nats) and the likeliest tokens, at its scored positions."""
+
+    losses: Any
+    best: Any
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one model said of all prompts and texts."""
+
+    run: Run
+    scored: list[Scored]
+
+
+class Runs:
+    """Results by model, each computed when it is first asked for.
+
+    ``file``: where the prompts are from, if from the user. ``rows``: the objects of the text file.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        prompts: Sequence[str],
+        *,
+        file: Path | None = None,
+        text: Path | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
+        adapters: Sequence[Adapter] = (),
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.base, self.prompts, self.file = base, prompts, file
+        self.text, self.rows, self.adapters = text, rows, adapters
+        self.progress = progress
+        self._done: dict[object, Done] = {}
+
+    @cached_property
+    def _tokens(self) -> tuple[list[list[int]], Any]:
+        ids, tokenizer = runtimes.tokenize(self.base, self.prompts)
+        for n, one in enumerate(ids, 1):
+            if self.file is not None and len(one) + NEW_TOKENS > self.limit:
+                what = f"has {len(one)} tokens, and the context is {self.limit} with {NEW_TOKENS} new ones"
+                raise Refused(self.file, f"prompt {n} {what}; shorten it")
+        return ids, tokenizer
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Tokens of the prompts."""
+        return self._tokens[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's, or None."""
+        return self._tokens[1]
+
+    @cached_property
+    def limit(self) -> int:
+        """The most positions that the base and all packages have."""
+        stated = (self.base.text_config.get(k) for k in _POSITIONS)
+        own = [v for v in stated if type(v) is int and v > 0]
+        packages = {a.path: a for a in self.adapters if a.format == "coreml"}
+        return min([*own, *(context(p, a.name) for p, a in packages.items())], default=1 << 20)
+
+    @cached_property
+    def texts(self) -> tuple[list[texts.Text], int]:
+        """(the texts, how many were cut); none without a file."""
+        if self.text is None:
+            return [], 0
+        if self.tokenizer is None:
+            what = "can't be used: the base has no tokenizer (tokenizer.json)"
+            raise Refused(self.text, what)
+        most = min(self.limit, MOST_TOKENS)
+        return texts.tokenized(self.rows, self.tokenizer, most, self.text)
+
+    def bare(self, adapter: Adapter) -> Done:
+        """The base without the adapter, where the adapter runs: a package has a base of its own."""
+        return self._of(adapter, bare=True)
+
+    def adapted(self, adapter: Adapter) -> Done:
+        """The base with the adapter. Raises RuntimeFailed, MissingExtra."""
+        return self._of(adapter, bare=False)
+
+    def _of(self, adapter: Adapter, *, bare: bool) -> Done:
+        kind = RUNTIME[adapter.format]
+        package = adapter.path if kind == "coreml" else None
+        key = (kind, package, None if bare else id(adapter))
+        if key not in self._done:
+            what = "the base" if bare else str(adapter.path)
+            self.progress(f"running {what} in {'the interpreter' if package else kind}")
+            given = None if bare else adapter
+            if package is not None:
+                done = runtimes.use_package(package, given.name if given else None, self._work)[0]
+            else:
+                done = runtimes.use(kind, self.base, given, self._work)
+            self._done[key] = done
+        return self._done[key]
+
+    def _work(self, model: Loaded) -> Done:
+        """All that is asked of a loaded model."""
+        run = Run([model.logits(i) for i in self.ids], model.greedy(self.ids[0], NEW_TOKENS))
+        return Done(run, [_score(model, text) for text in self.texts[0]])
+
+
+def _score(model: Loaded, text: texts.Text) -> Scored:
+    """The loss of each scored token given those before it."""
+    import numpy as np
+
+    at = np.array(text.scored)
+    z = np.asarray(model.logits(text.ids))[at - 1].astype(np.float64)
+    top = z.max(axis=-1)
+    with np.errstate(invalid="ignore"):
+        norm = top + np.log(np.exp(z - top[:, None]).sum(axis=-1))
+    return Scored(norm - z[np.arange(len(at)), np.array(text.ids)[at]], z.argmax(axis=-1))
+
+
+def context(path: Path, adapter: str | None) -> int:
+    """How many positions a package holds for an adapter; those without a state take any number."""
+    from loraduct.formats.coreml.package import read
+    from loraduct.validation import coreml
+
+    package = read(path)
+    name = coreml.alone(package, adapter) if adapter else None
+    made = coreml.session(package, name)
+    if made.stateless:
+        return max(made.machines) or 1 << 20
+    return int(next(iter(made.state.values())).shape[3])

@@ -1,0 +1,135 @@
+"""The user's text for `quality`: read, put into tokens, and which of them are scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraduct.errors import Refused
+from loraduct.files import read_bytes
+from loraduct.text import printable
+
+MOST_BYTES = 16 << 20
+TURNS = ("role", "content")
+
+
+@dataclass(frozen=True)
+class Text:
+    """``ids`` with ``scored``, the positions whose token counts for the loss; the first never does."""
+
+    ids: tuple[int, ...]
+    scored: tuple[int, ...]
+
+
+def objects(file: Path) -> list[Mapping[str, Any]]:
+    """One object a text: ``{text}``, ``{prompt, completion}`` or ``{messages}``. Raises Refused."""
+    try:
+        content = read_bytes(file, MOST_BYTES).decode()
+    except UnicodeDecodeError:
+        raise Refused(file, "is not UTF-8") from None
+    if file.suffix != ".jsonl":
+        paragraphs = content.replace("\r\n", "\n").split("\n\n")
+        found: list[Mapping[str, Any]] = [{"text": p.strip()} for p in paragraphs if p.strip()]
+    else:
+        rows = enumerate(content.split("\n"), 1)
+        found = [_checked(file, n, row) for n, row in rows if row.strip()]
+    if not found:
+        raise Refused(file, "holds no text")
+    return found
+
+
+def _checked(file: Path, number: int, row: str) -> Mapping[str, Any]:
+    """An object of a known form, no part of which is empty."""
+    try:
+        value = json.loads(row)
+    except (ValueError, RecursionError):
+        raise Refused(file, f"line {number} is not a JSON object") from None
+    if not isinstance(value, dict):
+        raise Refused(file, f"line {number} is not a JSON object")
+    if "messages" in value:
+        turns = value["messages"]
+        fine = isinstance(turns, list) and all(isinstance(t, dict) for t in turns)
+        texts = [t.get(k) for t in turns for k in TURNS] if fine else [None]
+        last = turns[-1].get("role") if fine and turns else None
+        wanted = "messages with role and content that are texts, the last one the assistant's"
+        if last != "assistant":
+            texts = [None]
+    else:
+        keys = ("text",) if "text" in value else ("prompt", "completion")
+        texts = [value.get(k) for k in keys]
+        wanted = "an object with text, with prompt and completion, or with messages"
+    if not all(isinstance(t, str) for t in texts):
+        raise Refused(file, f"line {number} is not {wanted}")
+    if not all(str(t).strip() for t in texts):
+        raise Refused(file, f"line {number} has an empty text")
+    return value
+
+
+def tokenized(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, limit: int, file: Path
+) -> tuple[list[Text], int]:
+    """(texts of at most ``limit`` tokens, how many were cut to that). Raises Refused."""
+    found, cut = [], 0
+    for number, row in enumerate(rows, 1):
+        ids, scored = _tokens(row, tokenizer, file, number)
+        cut += len(ids) > limit
+        kept = tuple(p for p in scored if 0 < p < limit)
+        if not kept:
+            why = f"text {number} has {len(ids)} tokens, and none is left to score"
+            why += f" within the context of {limit}" if len(ids) > limit else ""
+            raise Refused(file, why)
+        found.append(Text(tuple(ids[:limit]), kept))
+    return found, cut
+
+
+def _tokens(
+    row: Mapping[str, Any], tokenizer: Any, file: Path, number: int
+) -> tuple[list[int], list[int]]:
+    """All tokens of one text, and the positions that are scored."""
+    if "text" in row:
+        ids = list(tokenizer(row["text"])["input_ids"])
+        return ids, list(range(1, len(ids)))
+    turns = row.get("messages")
+    if turns is None and getattr(tokenizer, "chat_template", None):
+        turns = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+    if turns is None:
+        ids = list(tokenizer(row["prompt"])["input_ids"])
+        more = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"])
+        return ids + more, list(range(len(ids), len(ids) + len(more)))
+    return _chat(turns, tokenizer, file, number)
+
+
+def _chat(
+    turns: Sequence[Mapping[str, str]], tokenizer: Any, file: Path, number: int
+) -> tuple[list[int], list[int]]:
+    """A conversation through the chat template; what the assistant says is scored."""
+    try:
+        ids = _templated(tokenizer, turns, False)
+        scored: list[int] = []
+        for n, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                before = _templated(tokenizer, turns[:n], True)
+                after = _templated(tokenizer, turns[: n + 1], False)
+                if ids[: len(after)] != after or after[: len(before)] != before:
+                    what = "the chat template rewrites earlier turns; give one answer a line"
+                    raise Refused(file, f"text {number}: {what}")
+                scored += range(len(before), len(after))
+    except Refused:
+        raise
+    except Exception as e:
+        what = printable(f"{type(e).__name__}: {e}", 300)
+        raise Refused(file, f"text {number}: the chat template can't be applied: {what}") from e
+    return ids, scored
+
+
+def _templated(tokenizer: Any, turns: Sequence[Mapping[str, str]], prompt: bool) -> list[int]:
+    found = tokenizer.apply_chat_template(
+        list(turns), add_generation_prompt=prompt, tokenize=True, return_dict=False
+    )
+    return [int(i) for i in found]

@@ -1,0 +1,338 @@
+"""What a decoder reads and computes for one token, from its files alone: nothing is run.
+
+Weights that are looked up by row (an embedding that is no head) are not read whole and don't
+count; of experts, the share that a token visits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loraduct.adapter import Adapter
+from loraduct.errors import Refused
+from loraduct.formats import estimate
+from loraduct.formats.base import Base
+from loraduct.formats.coreml import record
+from loraduct.formats.coreml.package import Package
+from loraduct.formats.coreml.program import block_of_function, names_in, type_of
+from loraduct.formats.experts import number_of
+from loraduct.modules import kind_of_module
+from loraduct.text import printable
+
+HALF = 2  # bytes of a value of the cache
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_STATE_AXIS = 3  # of a package's cache: its tokens
+_SEEING = (
+    "vision",
+    "visual",
+    "vision_tower",
+    "vision_model",
+    "audio_tower",
+    "multi_modal_projector",
+)
+_PRODUCTS = ("linear", "matmul", "conv")
+_ATTENTION = ("scaled_dot_product_attention", "softmax")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The cost of one token.
+
+    ``weight_bytes``: bytes of weights read; ``macs``: products with weights; ``layers``: blocks;
+    ``cache_bytes``: of keys and values that a token adds, and that every later one reads;
+    ``buffer_bytes``: of a cache of fixed size, read whole by every token (0: it grows), which
+    holds ``buffer_tokens``; ``width``: heads times their dimension; ``stored_bytes``: all weights,
+    in memory; ``adapter_bytes``, ``adapter_macs``, ``adapter_ops``: what an adapter that is not
+    fused adds (ops: operations a token).
+    """
+
+    name: str
+    weight_bytes: int
+    macs: int
+    layers: int
+    cache_bytes: int = 0
+    buffer_bytes: int = 0
+    buffer_tokens: int | None = None
+    width: int = 0
+    stored_bytes: int = 0
+    adapter_bytes: int = 0
+    adapter_macs: int = 0
+    adapter_ops: int = 0
+    context: int | None = None  # the most tokens it was made for, None: not said
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def of_base(base: Base) -> Workload:
+    """A base folder, with or without weights. Raises Refused where its config says too little."""
+    layers = base.layers
+    if layers is None:
+        raise Refused(base.path / "config.json", "does not say the number of layers")
+    name = base.path.name or str(base.path)
+    width, kv = _heads(base)
+    made = Workload(
+        name, 0, 0, layers, cache_bytes=2 * HALF * layers * kv, width=width, context=_context(base)
+    )
+    return _weighed(made, base) if base.has_weights else _counted(made, base)
+
+
+def _weighed(made: Workload, base: Base) -> Workload:
+    """With the bytes and products of the weights in its files."""
+    share = _share(base)
+    tied = base.stored_head is None
+    read = macs = stored = 0.0
+    for name, tensor in base.tensors.items():
+        if any(p in _SEEING for p in name.split(".")):
+            continue
+        stored += tensor.stored_nbytes
+        module = name.rpartition(".")[0]
+        kind = kind_of_module(module)
+        if kind == "embedding" and not tied:
+            continue
+        part = share if kind == "experts" else 1.0
+        read += part * tensor.stored_nbytes
+        if name.endswith((".weight", "_proj")) and len(tensor.shape) > 1:
+            shape = base.shape_of(module) if len(tensor.shape) == 2 else None
+            macs += part * math.prod(shape or tensor.shape)
+    return replace(made, weight_bytes=round(read), macs=round(macs), stored_bytes=round(stored))
+
+
+def _counted(made: Workload, base: Base) -> Workload:
+    """With the products its config tells of, in the config's dtype or packing."""
+    told = estimate.estimate(base.path, 1)
+    if told["not_counted"]:
+        what = (
+            f"does not size {', '.join(told['not_counted'])}; give the base's folder with weights"
+        )
+        raise Refused(base.path / "config.json", what)
+    macs = sum(r["modules"] * o * i for r in told["targets"] for o, i in r["out_in"])
+    c = base.text_config
+    vocabulary, hidden = c.get("vocab_size"), c.get("hidden_size", c.get("n_embd"))
+    if type(vocabulary) is not int or type(hidden) is not int:
+        raise Refused(base.path / "config.json", "has no vocab_size and hidden_size")
+    head = vocabulary * hidden
+    value = _bytes_a_value(base)
+    embedding = 0 if base.tied is not False else head
+    return replace(
+        made,
+        weight_bytes=round((macs + head) * value),
+        macs=macs + head,
+        stored_bytes=round((macs + head + embedding) * value),
+    )
+
+
+def _bytes_a_value(base: Base) -> float:
+    """Bytes of a weight as the config tells: packed ones with their scales and biases."""
+    if base.quantization is not None:
+        bits, group = base.quantization.get("bits", 4), base.quantization.get("group_size", 64)
+        if type(bits) is not int or type(group) is not int or not (0 < bits <= 8 < group):
+            what = f"quantization has bits {bits!r} and group_size {group!r}"
+            raise Refused(base.path / "config.json", what)
+        return (bits + 32 / group) / 8
+    c = base.text_config
+    name = str(c.get("dtype") or c.get("torch_dtype") or "float16").removeprefix("torch.")
+    if name not in _WIDTHS:
+        raise Refused(base.path / "config.json", f"has the dtype {printable(name, 40)!r}")
+    return _WIDTHS[name]
+
+
+def _share(base: Base) -> float:
+    """Of its experts, the part a token visits."""
+    number = number_of(base.text_config)
+    if not number:
+        return 1.0
+    c = base.text_config
+    active = next(
+        (c[k] for k in ("num_experts_per_tok", "moe_topk", "num_selected") if k in c), None
+    )
+    if type(active) is not int or not 0 < active <= number:
+        raise Refused(base.path / "config.json", "does not say how many experts a token visits")
+    return active / number
+
+
+def _heads(base: Base) -> tuple[int, int]:
+    """(heads x dimension, values a token adds to keys in a block)."""
+    c = base.text_config
+
+    def of(*names: str) -> int | None:
+        return next((c[n] for n in names if type(c.get(n)) is int and c[n] > 0), None)
+
+    heads, hidden = of("num_attention_heads", "n_head"), of("hidden_size", "n_embd", "d_model")
+    if heads is None or hidden is None:
+        return 0, 0  # no attention of this kind, such as Mamba's
+    dimension = of("head_dim") or hidden // heads
+    if latent := of("kv_lora_rank"):  # one latent vector and one rotated key, for k and v alike
+        return heads * dimension, (latent + (of("qk_rope_head_dim") or 0)) // 2
+    return heads * dimension, (of("num_key_value_heads") or heads) * dimension
+
+
+def _context(base: Base) -> int | None:
+    found = [base.text_config.get(k) for k in ("max_position_embeddings", "n_positions", "n_ctx")]
+    return next((v for v in found if type(v) is int and v > 0), None)
+
+
+def with_adapter(made: Workload, adapter: Adapter, *, fused: bool = False) -> Workload:
+    """The base with an adapter beside its weights; one that is fused costs nothing.
+
+    Of a low-rank update two products (x A, then B), its scale and the sum: 4 operations.
+    """
+    if fused:
+        return replace(made, name=f"{made.name} + {adapter.name or adapter.path.name} fused")
+    low = adapter.low_rank.values()
+    return replace(
+        made,
+        name=f"{made.name} + {adapter.name or adapter.path.name}",
+        adapter_bytes=sum(t.stored_nbytes for u in low for t in u.tensors),
+        adapter_macs=sum(math.prod(t.shape) for u in low for t in (u.a, u.b)),
+        adapter_ops=4 * len(adapter.low_rank),
+    )
+
+
+# -- packages --------------------------------------------------------------------------------------
+
+
+def of_package(package: Package, function: str) -> Workload:
+    """A function of a package, from its program."""
+    if function not in package.functions:
+        raise Refused(package.path, f"holds no function {printable(function, 80)!r}")
+    one = _Counts(package, package.functions[function])
+    found = record.find(package)
+    rows = found["functions"] if found else {}
+    base = None
+    if rows.get(function, {}).get("adapters"):
+        q = rows[function]["q"]
+        names = [f for f, r in rows.items() if not r["adapters"] and r["q"] == q]
+        base = _Counts(package, package.functions[names[0]]) if names else None
+    layers = (found["base"]["layers"] if found else None) or one.attentions or 1
+    plain = base or one
+    return Workload(
+        f"{package.path.name}:{function}",
+        plain.read,
+        plain.macs,
+        layers,
+        cache_bytes=one.buffer // one.tokens if one.tokens else 0,
+        buffer_bytes=one.buffer,
+        buffer_tokens=one.tokens,
+        width=one.width,
+        stored_bytes=one.stored,
+        adapter_bytes=max(0, one.read - base.read) if base else 0,
+        adapter_macs=max(0, one.macs - base.macs) if base else 0,
+        adapter_ops=max(0, one.ops - base.ops) if base else 0,
+        context=one.tokens,
+    )
+
+
+class _Counts:
+    """What one function reads and computes."""
+
+    def __init__(self, package: Package, function: Any) -> None:
+        self.package = package
+        operations = list(block_of_function(function).operations)
+        self.held = {o.outputs[0].name: o for o in operations if _is_constant(o)}
+        self.shapes = {out.name: type_of(out.type)[1] for o in operations for out in o.outputs}
+        working = [o for o in operations if not _is_constant(o)]
+        self.ops = len(working)
+        kinds = [o.type for o in working]
+        self.attentions = next((kinds.count(k) for k in _ATTENTION if k in kinds), 0)
+        self.macs = sum(self._macs(o) for o in working if o.type in _PRODUCTS)
+        blobs: dict[tuple[str, int], int] = {}
+        looked_up: dict[tuple[str, int], int] = {}
+        for op in working:
+            for parameter in op.inputs:
+                rows_only = op.type.startswith("gather") and parameter == "x"
+                for name in names_in(op, parameter):
+                    (looked_up if rows_only else blobs).update(self._blobs(name))
+        self.read = sum(blobs.values())
+        self.stored = sum((looked_up | blobs).values())
+        self.buffer, self.tokens = _buffer(function)
+        self.width = self._width(working)
+
+    def _macs(self, op: Any) -> int:
+        """Products of one row with the operation's weight."""
+        for parameter in ("weight", "y", "x"):
+            for name in names_in(op, parameter):
+                if name in self.held:
+                    return math.prod(n or 1 for n in self.shapes[name])
+        return 0
+
+    def _blobs(self, name: str) -> dict[tuple[str, int], int]:
+        """(file, offset) -> bytes of what a constant is made of, through decompression."""
+        found: dict[tuple[str, int], int] = {}
+        left = [name]
+        seen = set()
+        while left:
+            one = left.pop()
+            if one in seen or one not in self.held:
+                continue
+            seen.add(one)
+            op = self.held[one]
+            for value in _values(op):
+                if value.WhichOneof("value") == "blobFileValue":
+                    blob = value.blobFileValue
+                    data, end = self.package.blob_file(blob.fileName).span(blob.offset, one)
+                    found[blob.fileName, blob.offset] = end - data
+            left += [n for p in op.inputs for n in names_in(op, p)]
+        return found
+
+    def _width(self, working: list[Any]) -> int:
+        """Heads times dimension, of the first attention; 0 where its shape is open."""
+        for op in working:
+            if op.type == _ATTENTION[0]:
+                shape = self.shapes[op.outputs[0].name]
+                heads, dimension = (shape[-3], shape[-1]) if len(shape) >= 3 else (None, None)
+                return (heads or 0) * (dimension or 0)
+        return 0
+
+
+def _is_constant(op: Any) -> bool:
+    return bool(op.type == "const" or op.type.startswith("constexpr_"))
+
+
+def _values(op: Any) -> Iterator[Any]:
+    """The values an operation holds: attributes, and those bound to its inputs."""
+    yield from op.attributes.values()
+    for argument in op.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "value":
+                yield binding.value
+
+
+def _buffer(function: Any) -> tuple[int, int | None]:
+    """Bytes of a function's states, and the tokens they hold (None: no states of that layout)."""
+    total, tokens = 0, None
+    for named in function.inputs:
+        if named.type.WhichOneof("type") != "stateType":
+            continue
+        dtype, shape = type_of(named.type)
+        sizes = [n or 1 for n in shape]
+        total += math.prod(sizes) * (4 if dtype == "FLOAT32" else HALF)
+        if len(sizes) > _STATE_AXIS:
+            tokens = sizes[_STATE_AXIS]
+    return total, tokens
+
+
+def read_package(path: Path, name: str | None) -> tuple[Package, str]:
+    """A package and the function that serves one token of adapter or function ``name``."""
+    from loraduct.formats.coreml.package import read
+
+    package = read(path)
+    if name is not None and name in package.functions:
+        return package, name
+    found = record.find(package)
+    rows = found["functions"] if found else {}
+    wanted = {
+        f: r for f, r in rows.items() if [m for m, _ in r["adapters"]] == ([name] if name else [])
+    }
+    if not wanted and name is None:
+        default = package.model.description.defaultFunctionName or next(iter(package.functions))
+        return package, str(default)
+    if not wanted:
+        known = ", ".join(printable(f, 60) for f in list(package.functions)[:12])
+        raise Refused(path, f"holds no function or adapter {printable(str(name), 80)!r}: {known}")
+    return package, min(wanted, key=lambda f: (wanted[f]["q"] or 1, f))
