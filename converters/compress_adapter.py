@@ -8,7 +8,6 @@ Measured on the two adapters in examples/: 4 bits lose 8 to 10 % of dW's norm (c
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 from loraduct import origin
 from loraduct.adapter import Adapter
 from loraduct.converters import balance, bits
+from loraduct.converters.base_report import selected
 from loraduct.converters.compress_factors import Coded, Pair, best, losses, pairs
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.convert import Options as Conversion
@@ -32,6 +32,8 @@ from loraduct.formats.safetensors_file import ordered, serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, size
 
+KEPT = 0.99  # cosine of the logit effect, below which another width is looked for
+WIDER = (4, 6, 8)  # widths that are tried then
 _PROBE = 3  # bits at which a module's form is chosen for a plan
 _PLANNED = (2, 3, 4, 6, 8)
 _SLACK = 64  # bytes that a header may vary by
@@ -62,6 +64,7 @@ class Outcome:
     before: int
     after: int
     files: dict[str, int] = field(default_factory=dict)
+    effects: dict[str, float] = field(default_factory=dict)  # width -> cosine of the logit effect
 
     @property
     def loss(self) -> float:
@@ -90,6 +93,19 @@ class Outcome:
             out.append(f"        {m.loss:.4f} {printable(m.name)}")
         if self.kept:
             out.append(f"  {len(self.kept):>5} tensors as they were")
+        return out + self._effect_lines()
+
+    def _effect_lines(self) -> list[str]:
+        """What is left of the logit effect, and which width would leave more."""
+        if not self.effects:
+            return []
+        (_, own), *others = self.effects.items()
+        out = [f"  logit effect (with the adapter less without): cosine {own:.4f}"]
+        out += [f"        {way}: {cosine:.4f}" for way, cosine in others]
+        if own < KEPT:
+            enough = next((way for way, cosine in others if cosine >= KEPT), None)
+            what = f"{enough} keeps {KEPT}" if enough else f"no width keeps {KEPT}"
+            out.append(f"  note: less than {KEPT} of the effect's direction is kept; {what}")
         return out
 
     def as_json(self) -> dict[str, Any]:
@@ -104,6 +120,7 @@ class Outcome:
                 for m in self.modules
             },
             "kept": self.kept,
+            "logit_effect": self.effects,
             "bytes": {"before": self.before, "after": self.after},
             "files": self.files,
         }
@@ -121,7 +138,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
     adapter = read_adapter(target, options)
     _check_adapter(adapter)
     weights, tensors, metadata = _READ[adapter.format](where, options)
-    held = [p for p in pairs(adapter, tensors) if _chosen(p.name, wanted)]
+    held = [p for p in pairs(adapter, tensors) if selected(p.name, wanted)]
     if not held:
         raise Refused(adapter.weights, "holds no factors of LoRA to compress")
     group = wanted.group_size or 0
@@ -143,7 +160,8 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
     before = weights.stat().st_size if one_file else stored
     outcome = Outcome(target, output, made.kind, modules, sorted(kept), before, len(data))
     if wanted.size is not None and outcome.after > wanted.size:
-        raise AssertionError(f"{outcome.after} bytes, {wanted.size} were planned")
+        what = f"takes {outcome.after} bytes where {wanted.size} were asked for: ask for a few more"
+        raise Refused(target, what)
     if output is not None:
         with staged_folder(output) as stage:
             write_file(stage / packed_adapter.WEIGHTS, [data])
@@ -215,19 +233,6 @@ def _check_adapter(adapter: Adapter) -> None:
         raise Refused(adapter.path, what)
     if not (adapter.path / CONFIG).exists():
         raise Refused(adapter.path, f"has no {CONFIG}: convert it first (convert --to peft)")
-
-
-def _chosen(name: str, wanted: Wanted) -> bool:
-    for regex, keep in ((wanted.include, True), (wanted.exclude, False)):
-        if regex is None:
-            continue
-        try:
-            found = re.search(regex, name)
-        except re.error as e:
-            raise Refused(None, f"{printable(regex)!r}: {e}") from None
-        if (found is not None) != keep:
-            return False
-    return True
 
 
 def _past(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -310,7 +315,7 @@ def _widths(
         done = {n: c for p in held for n, c in zip(p.names, probes[p.name].coded, strict=True)}
         fixed = len(made.data(done)) - sum(f.nbytes for f in probes.values())
         assert wanted.size is not None
-        room = wanted.size - fixed - _SLACK
+        room = wanted.size - fixed - _SLACK - 4 * len(made.kept)
     plan = bits.plan(choices, room)
     return [
         (p, int(plan.widths[p.name]), tuple(dict.fromkeys((probes[p.name].form, "plain"))))

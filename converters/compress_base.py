@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -299,11 +299,11 @@ def _unpacked(m: fuse_packed.Module) -> Iterator[Any]:
 
     kinds = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
     high = math.prod(m.shape[:-1])
-    flat = [t if len(t.shape) == 2 else None for t in (m.weight, m.scales, m.biases)]
+    tensors = (m.weight, m.scales, m.biases)
     step = max(1, _ROWS // m.shape[-1])
     for start in range(0, high, step):
         span = (start, min(start + step, high))
-        parts: Sequence[Any] = [t.rows(*span) for t in flat if t is not None]
+        parts = [fuse_packed.rows_of(t, *span, t.shape[-1]) for t in tensors]
         kind = kinds[m.scales.dtype]
         scales, biases = (np.ascontiguousarray(p).view(kind) for p in parts[1:])
         packed = mlx_quantize.Packed(parts[0], scales, biases, m.now.bits, m.now.group)

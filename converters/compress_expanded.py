@@ -10,20 +10,19 @@ from typing import Any
 
 from loraduct.converters import bits, palette, palettize, quantize
 from loraduct.converters.base_report import Outcome, selected
-from loraduct.converters.compress_wanted import Wanted
+from loraduct.converters.compress_wanted import PALETTES, Wanted
 from loraduct.converters.compressible import left_alone
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.formats.model_folder import Stored, copied
 from loraduct.tensor import FLOATS, Tensor, from_float
 
-_WIDTHS = (1, 2, 3, 4, 6, 8)
-
 
 def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
     """What is written, and what is said of it."""
     held, kept = _weights(base, wanted)
-    ways = _ways(held, wanted)
+    rest = sum(base.tensors[n].stored_nbytes for n in kept)
+    ways = _ways(held, wanted, rest)
     errors: dict[str, float] = {}
     tensors = {
         n: Stored(t.dtype, t.shape, partial(_pieces, n, t, ways[n], errors))
@@ -33,7 +32,6 @@ def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[s
     }
     whole = sum(t.stored_nbytes for t in base.tensors.values())
     inner = sum(w.nbytes(t) for w, t in ((ways[n], t) for n, t in held.items()))
-    rest = sum(base.tensors[n].stored_nbytes for n in kept)
     outcome = Outcome(
         base.path, None, "expanded: the size is what it would take", {n: w.name for n, w in ways.items()},
         whole, inner + rest, sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
@@ -84,7 +82,8 @@ def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, s
     return found, kept
 
 
-def _ways(held: dict[str, Tensor], wanted: Wanted) -> dict[str, Way]:
+def _ways(held: dict[str, Tensor], wanted: Wanted, rest: int) -> dict[str, Way]:
+    """How each is stored. ``rest``: bytes of the tensors that stay as they are."""
     group = wanted.group_size or 0
     if wanted.quantize:
         return dict.fromkeys(held, Way("int", int(wanted.quantize.removeprefix("int")), group))
@@ -93,14 +92,15 @@ def _ways(held: dict[str, Tensor], wanted: Wanted) -> dict[str, Way]:
     count = {n: math.prod(t.shape) for n, t in held.items()}
     choices = {}
     for name, tensor in held.items():
-        lost = bits.estimates(_values(tensor), _WIDTHS, name=name)
-        square = float((_values(tensor).astype("float64") ** 2).mean()) or 1.0
+        values = _values(tensor)
+        lost = bits.estimates(values, PALETTES, name=name)
+        square = float((values.astype("float64") ** 2).mean()) or 1.0
         choices[name] = [
             bits.Choice(w, Way("lut", w, group).nbytes(tensor), e / square) for w, e in lost.items()
         ]
-    room = wanted.size
-    if room is None:
-        room = bits.size_of(count, wanted.bits_per_weight or 0)
+    room = bits.size_of(count, wanted.bits_per_weight or 0)
+    if wanted.size is not None:
+        room = wanted.size - rest
     return {n: Way("lut", int(w), group) for n, w in bits.plan(choices, room).widths.items()}
 
 

@@ -72,6 +72,11 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
         report.rows = planned(held, plan, form)
         report.after = report.before + sum(r.after - r.before for r in report.rows)
         return report
+    base = ways[BASE]
+    if wanted.calibration is not None and base is not None and base.kind == "int":
+        report.notes.append(
+            "scales of integers are searched without the text; it measures the loss only"
+        )
     _note(report, found, ways, whole)
     write(package, found, held, plan, form, report, plan.importance)
     if wanted.size is not None and report.after > wanted.size:

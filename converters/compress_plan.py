@@ -17,6 +17,7 @@ from loraduct.text import size as shown_size
 
 SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
+PROBES = 64  # runs that measure what errors do, about at most
 PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
 _OLD_BITS = (1, 2, 4, 6, 8)
 _CHUNK = 1 << 18
@@ -203,27 +204,40 @@ def estimated(
 def sensitivities(
     weights: Sequence[Weight], plan: Plan, form: str, read: Read, calibration: Calibration
 ) -> dict[int, float]:
-    """What the predictions lose per unit of each tensor's error: measured, tensor by tensor.
+    """What the predictions lose per unit of each tensor's error: measured.
 
-    Each is changed alone, to what 4 bits make of it. A tensor that the text's run does not
-    show gets the median. Losses are those of small changes, where they are about proportional
-    to squared errors, and those of several tensors about add up.
+    Tensors of a kind in neighbouring layers are changed together, alone among all, to what 4 bits make
+    of them; so few that there are about PROBES such runs. What the text's run does not show gets the
+    median. Losses are those of small changes, where they are about proportional to squared errors, and
+    those of several tensors about add up.
     """
     assert calibration.loss is not None
     found: dict[int, float] = {}
-    for weight in weights:
-        way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
-        made = palettize.palettize(
-            read(weight), tables(way, weight.dtype.lower()),
-            importance=plan.importance.get(weight.offset), name=weight.name,
-        )  # fmt: skip
-        lost = calibration.loss({weight.name: palette.expand(made)})
-        if lost is not None and made.error > 0:
-            found[weight.offset] = max(lost, 1e-12) / made.error
+    for held in _neighbours(weights):
+        values, error = {}, 0.0
+        for weight in held:
+            way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
+            made = palettize.palettize(
+                read(weight), tables(way, weight.dtype.lower()),
+                importance=plan.importance.get(weight.offset), name=weight.name,
+            )  # fmt: skip
+            values[weight.name], error = palette.expand(made), error + made.error
+        lost = calibration.loss(values)
+        if lost is not None and error > 0:
+            found |= dict.fromkeys((w.offset for w in held), max(lost, 1e-12) / error)
     if not found:
         return {}
     usual = sorted(found.values())[len(found) // 2]
     return {w.offset: found.get(w.offset, usual) for w in weights}
+
+
+def _neighbours(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """Tensors of a kind, so many together that there are about PROBES groups."""
+    kinds: dict[str, list[Weight]] = {}
+    for weight in weights:
+        kinds.setdefault(kind_of(weight.name), []).append(weight)
+    step = -(-len(weights) // PROBES)
+    return [held[at : at + step] for held in kinds.values() for at in range(0, len(held), step)]
 
 
 def squared(values: Any, counts: Any = None) -> float:

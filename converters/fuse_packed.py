@@ -182,7 +182,7 @@ def _packed(m: Module, places: _Places, remedy: str) -> list[tuple[Any, Any, Any
     for block in blocks(partial(read_blocks, m), updates, rows):
         if read is not None:
             width = m.scales.shape[-1]
-            s, b = (_flat(t, at, at + len(block), width) for t in (m.scales, m.biases))
+            s, b = (rows_of(t, at, at + len(block), width) for t in (m.scales, m.biases))
             done.append(_compensated(s, b, block, read, m))
         else:
             mode = "optimal" if remedy == "rescale" else "mlx"
@@ -205,10 +205,10 @@ def read_blocks(m: Module) -> Iterator[tuple[int, Any]]:
     words, groups = m.weight.shape[-1], m.scales.shape[-1]
     for start in range(0, height, step):
         stop = min(start + step, height)
-        raw = _flat(m.weight, start, stop, words)
+        raw = rows_of(m.weight, start, stop, words)
         codes = unpack(np.ascontiguousarray(raw).view(np.uint8), m.now.bits, (stop - start) * width)
         s, b = (
-            as_float32(_flat(t, start, stop, groups), t.dtype).reshape(-1, 1)
+            as_float32(rows_of(t, start, stop, groups), t.dtype).reshape(-1, 1)
             for t in (m.scales, m.biases)
         )
         wide = codes.reshape(-1, m.now.group) * s
@@ -216,7 +216,8 @@ def read_blocks(m: Module) -> Iterator[tuple[int, Any]]:
         yield start, wide.reshape(stop - start, width)
 
 
-def _flat(tensor: Tensor, start: int, stop: int, width: int) -> Any:
+def rows_of(tensor: Tensor, start: int, stop: int, width: int) -> Any:
+    """Rows of a tensor seen as a matrix of ``width`` columns, in raw storage."""
     span = (start, stop) if len(tensor.shape) == 2 else (start * width, stop * width)
     return tensor.rows(*span).reshape(stop - start, width)
 

@@ -171,29 +171,3 @@ def _check(weight: Any, bits: int, group: int, mode: str, name: str | None) -> N
             f" groups of {group} divide",
             tensor=name,
         )
-
-
-# mode -> (bits, group, dtype of values, dtype of scales): OCP Microscaling 1.0, NVIDIA's NVFP4
-FLOATS = {
-    "mxfp4": (4, 32, "float4_e2m1fn", "float8_e8m0fnu"),
-    "mxfp8": (8, 32, "float8_e4m3fn", "float8_e8m0fnu"),
-    "nvfp4": (4, 16, "float4_e2m1fn", "float8_e4m3fn"),
-}
-
-
-def dequantize_floats(weight: Any, scales: Any, mode: str, *, name: str | None = None) -> Any:
-    """MLX's small floats (uint32 (..., n), scales uint8 (..., groups)) as float32; products are exact.
-
-    Raises Refused for modes that are not in FLOATS.
-    """
-    import ml_dtypes
-    import numpy as np
-
-    if mode not in FLOATS:
-        raise Refused(None, f"is packed as {mode}; {', '.join(FLOATS)} are read", tensor=name)
-    bits, group, kind, scale_kind = FLOATS[mode]
-    codes = unpacked(np.ascontiguousarray(weight).view(np.uint8), bits, scales.size * group)
-    table = np.arange(1 << bits, dtype=np.uint8).view(getattr(ml_dtypes, kind)).astype(np.float32)
-    factor = np.ascontiguousarray(scales).view(getattr(ml_dtypes, scale_kind)).astype(np.float32)
-    dense = table[codes].reshape(-1, group) * factor.reshape(-1, 1)
-    return dense.reshape(*weight.shape[:-1], -1)

@@ -67,7 +67,7 @@ def rename(
     reverse = adapter.naming == "mlx"
     updates = adapter.low_rank
     if adapter.method == "full" and not reverse:
-        _check_equal(model_type, file)
+        check_equal(model_type, file)
     if not reverse:
         _check_in_effect(updates, adapter.weights)
     # a full parameter is not renamed: the target refuses it, or both sides are MLX
@@ -135,7 +135,7 @@ def _check_in_one(updates: Mapping[str, LowRank], file: Path) -> None:
         )
 
 
-def _check_equal(model_type: str | None, file: Path) -> None:
+def check_equal(model_type: str | None, file: Path) -> None:
     """Whole parameters are carried where all names, and so all values, are the same on both sides."""
     if model_type is None:
         raise Refused(

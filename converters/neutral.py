@@ -15,8 +15,8 @@ from loraduct.formats.base import Base, differences
 from loraduct.formats.experts import wrong_experts
 
 
-def neutral(adapter: Adapter, base: Base, wanted: Wanted = EXACT) -> Adapter:
-    """``adapter`` for ``base``, whatever format and names it came in.
+def neutral(adapter: Adapter, base: Base, wanted: Wanted = EXACT, naming: str = "hf") -> Adapter:
+    """``adapter`` for ``base``, whatever format and names it came in; ``naming``: to have mlx-lm's.
 
     Raises Refused when it was made for another base, or can't be had exactly.
     """
@@ -41,7 +41,9 @@ def neutral(adapter: Adapter, base: Base, wanted: Wanted = EXACT) -> Adapter:
         kept, _ = approximate(adapter, dict(adapter.updates), wanted)
         adapter = replace(adapter, updates=kept)
     given = adapter.naming
-    adapter = names.for_base(adapter, "hf", base)[0]
+    if naming == "mlx" and given == "hf" and adapter.replacements:
+        names.check_equal(base.architecture, adapter.weights)
+    adapter = names.for_base(adapter, naming, base)[0]
     for problem in wrong_experts(adapter, base):
         raise problem
-    return peft_writer.reachable(untie(adapter, base)) if given == "mlx" else adapter
+    return peft_writer.reachable(untie(adapter, base)) if given != naming == "hf" else adapter

@@ -128,11 +128,3 @@ def ios16(palette: Palette, name: str | None = None) -> dict[str, tuple[str, Any
         "lut": (MIL[str(p.lut.dtype)], p.lut.reshape(-1)),
         "shape": ("UINT32", np.array(p.shape, np.uint32)),
     }
-
-
-def nbytes(palette: Palette) -> int:
-    """Bytes in a file: packed indices, tables, scales."""
-    p = palette
-    return int(
-        -(-p.indices.size * p.bits // 8) + p.lut.nbytes + (0 if p.scale is None else p.scale.nbytes)
-    )

@@ -77,13 +77,17 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
     shift = 0 if options.signed else 1 << (options.bits - 1)
     kind, store = np.dtype(options.scale), np.int8 if options.signed else np.uint8
     (low, high), data, error, norm = limits(options), np.empty(rows.shape, store), 0.0, 0.0
-    step = max(1, _NUMBERS // rows.shape[1])
+    step, top = max(1, _NUMBERS // rows.shape[1]), float(np.finfo(kind).max)
     for at in range(0, len(rows), step):
         for inner in range(0, rows.shape[1], _NUMBERS):
             part = slice(at, at + step)
             cell = (part, slice(inner, inner + _NUMBERS))
             wide, s, z = rows[cell].astype(np.float64), scale[part, None], offset[part, None]
-            codes = np.clip(np.rint(wide / s) + z, low, high)
+            most = np.floor(top / s)  # steps that the dtype still holds
+            steps = np.clip(
+                np.rint(wide / s), np.maximum(low - z, -most), np.minimum(high - z, most)
+            )
+            codes = steps + z
             data[cell] = codes + shift
             gap = wide - ((codes - z).astype(kind) * s.astype(kind)).astype(np.float64)
             error += float((gap * gap).sum())
@@ -188,7 +192,10 @@ def _error(rows: Any, counts: Any, scale: Any, zero: Any, low: int, high: int) -
 
 
 def _stored(scale: Any, options: Options, name: str | None) -> Any:
-    """Scales as they are stored, 1 where that would be 0. Raises Refused beyond the dtype."""
+    """Scales as they are stored: the least there is where that would be 0, 1 where it is 0.
+
+    Raises Refused beyond the dtype.
+    """
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -197,7 +204,8 @@ def _stored(scale: Any, options: Options, name: str | None) -> Any:
         raise Refused(
             None, f"needs a scale of {scale.max():.4g}, beyond {options.scale}", tensor=name
         )
-    return np.where(stored > 0, stored, 1.0)
+    least = float(np.finfo(options.scale).smallest_subnormal)
+    return np.where(stored > 0, stored, np.where(scale > 0, least, 1.0))
 
 
 def _check(shape: tuple[int, ...], options: Options, name: str | None) -> None:

@@ -24,7 +24,7 @@ from loraduct.formats.coded import Code, Decoded
 from loraduct.formats.json_file import parse_object, read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.safetensors_file import read_header
-from loraduct.tensor import Tensor
+from loraduct.tensor import Tensor, is_finite
 from loraduct.text import printable
 
 WEIGHTS = "adapter_packed.safetensors"
@@ -126,7 +126,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
 
 
 def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    """The source's format, its tensors by name, and its metadata. Reads the header only.
+    """The source's format, its tensors by name, and its metadata. Reads the header and the tables.
 
     Raises Refused unless the layout accounts for every byte of the packed tensors.
     """
@@ -147,6 +147,8 @@ def unpacked(weights: Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
             what = f"{dtype} [{size}] is expected by the layout"
             found = f"{tensor.stored_dtype} {list(tensor.stored_shape)}"
             raise Refused(weights, f"is {found}; {what}", tensor=tensor.name)
+    if not is_finite(numbers.rows(0, numbers.shape[0], finite=False), "F16"):
+        raise Refused(weights, "holds NaN or Inf", tensor=numbers.name)
     done: dict[str, Tensor] = {}
     at = beside = 0
     for i, (name, item) in enumerate(items.items()):

@@ -207,13 +207,14 @@ def probe(runner: Runner, ids: Tokens) -> Callable[[Mapping[str, Any]], float | 
     """What the predictions lose when the base's weights are changed: values by name -> mean KL, in
     nats; None where its function has no such weight."""
     few = _limited(ids, PROBED, PROBED)
-    exact, known = runner.logits(few), _constants(runner.session())
+    exact = [_log_softmax(x) for x in runner.logits(few)]
+    known = _constants(runner.session())
 
     def loss(values: Mapping[str, Any]) -> float | None:
         if not values.keys() <= known.keys():
             return None
         with runner.changed(values):
-            return divergence(exact, runner.logits(few))
+            return _divergence(exact, [_log_softmax(x) for x in runner.logits(few)])
 
     return loss
 
@@ -335,15 +336,16 @@ def quality(name: str, ids: Tokens, before: Sequence[Any], after: Sequence[Any])
 
 
 def divergence(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """Mean KL(before || after) per position, in nats."""
+    """Mean KL(before || after) per position, in nats, from logits (tokens, vocabulary) of each row."""
+    return _divergence(*([_log_softmax(x) for x in rows] for rows in (before, after)))
+
+
+def _divergence(before: Sequence[Any], after: Sequence[Any]) -> float:
+    """The same from logarithms of probabilities."""
     import numpy as np
 
-    total, count = 0.0, 0
-    for x, y in zip(before, after, strict=True):
-        p, q = _log_softmax(x), _log_softmax(y)
-        total += float((np.exp(p) * (p - q)).sum())
-        count += len(x)
-    return total / count
+    total = sum(float((np.exp(p) * (p - q)).sum()) for p, q in zip(before, after, strict=True))
+    return total / sum(map(len, before))
 
 
 def _loss(ids: Tokens, logits: Sequence[Any]) -> float:

@@ -117,7 +117,11 @@ class Child:
             text=True,
             env=environment,
         )
-        self.facts = self._answer()
+        try:
+            self.facts = self._answer()
+        except BaseException:
+            self.close()
+            raise
         self.load_s = float(self.facts.pop("load_s"))
 
     def ask(self, what: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraduct.adapter import Adapter, LowRank, Update
+from loraduct.adapter import Adapter, LowRank
 from loraduct.formats.base import Base
 from loraduct.modules import block_of
 from loraduct.text import printable
@@ -14,7 +14,14 @@ from loraduct.validation import half, runtimes
 from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.base_model import rope_trap
 from loraduct.validation.checks import Check
-from loraduct.validation.declared import BASE, declared, explains, misplaced, tolerance
+from loraduct.validation.declared import (
+    BASE,
+    declared,
+    explains,
+    misplaced,
+    tolerance,
+    unturned,
+)
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
 from loraduct.validation.logits import by_position, finite, kl, largest, per_position, top1
 from loraduct.validation.moved import as_they_are
@@ -113,17 +120,20 @@ def _modules(
         where = "second" if name in one else "first"
         parity.add("modules", "failed", f"is not in the {where} adapter", name)
     shared = sorted(one.keys() & two.keys(), key=_order)
+    plain = unturned(second)
     for n in shared:
-        delta = _loosened(compare(n, one[n], two[n], base), one[n], two[n], parity)
+        delta = compare(n, one[n], two[n], base)
+        if isinstance(one[n], LowRank) and isinstance(two[n], LowRank):
+            delta = _loosened(delta, one[n], two[n], parity, plain=n in plain)
         parity.deltas.append(replace(delta, rank=getattr(one[n], "rank", None)))
     _judge(parity)
 
 
-def _loosened(delta: Delta, first: Update, second: Update, parity: Parity) -> Delta:
+def _loosened(
+    delta: Delta, first: LowRank, second: LowRank, parity: Parity, *, plain: bool
+) -> Delta:
     """With the bounds that a declared compression of the factors needs."""
-    if not isinstance(first, LowRank) or not isinstance(second, LowRank):
-        return delta
-    if what := misplaced(first, second) or misplaced(second, first):
+    if plain and (what := misplaced(first, second)):
         return replace(delta, bound=0.0, note=what)
     loose = tolerance(first, second)
     parity.loose = max(parity.loose, loose)
@@ -311,12 +321,12 @@ def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) 
 def _compressed_base(packed: str, bare: Sequence[Sequence[Any]], parity: Parity) -> bool:
     """What the declared compression does to the base, by which adapters are then measured."""
     share = explains(list(bare[0]), list(bare[1]))
-    kl = sum(kl(x, y) for x, y in zip(*bare, strict=True)) / len(bare[0])
+    mean = sum(kl(x, y) for x, y in zip(*bare, strict=True)) / len(bare[0])
     off = parity.numbers["base_max_difference"]
-    parity.numbers |= {"compression": packed, "base_kl": kl, "base_relative_difference": share}
+    parity.numbers |= {"compression": packed, "base_kl": mean, "base_relative_difference": share}
     what = (
         f"the package's is compressed ({packed}): alone it is off by {off:.3g} in logits, {share:.1%}"
-        f" of their size, KL {kl:.2g}: the yardstick for what follows"
+        f" of their size, KL {mean:.2g}: the yardstick for what follows"
     )
     parity.add("base", "passed" if share < 1 else "failed", what)
     return share < 1

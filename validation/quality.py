@@ -39,6 +39,9 @@ def run(context: Context) -> Suite:
         most = max(len(t.ids) for t in texts)
         what = f"{cut} of {len(texts)} texts were cut to {most} tokens, the most that is run"
         checks.append(Check("text", "warning", what))
+    if len(texts) < len(runs.rows):
+        what = f"the first {len(texts)} of {len(runs.rows)} texts were used (--text-tokens {runs.most})"
+        checks.append(Check("text", "warning", what))
     numbers: dict[str, Any] = {
         "tokens": sum(len(t.scored) for t in texts),
         "cut": cut,

@@ -33,6 +33,7 @@ SCHEMA = 2  # of the documents that are understood
 MOST_BYTES = 2_000_000
 MOST_JSON = 64 << 20  # bytes of a document that is read
 ROWS = (400, 60, 8)  # of each table: fewer where the page would be too large
+SIDES = {"a": "A", "b": "B"}
 SIGNS = {"passed": "✓", "failed": "✗", "warning": "!", "skipped": "–"}
 WHAT = {
     "structure": "Names, shapes, values and identity",
@@ -86,7 +87,7 @@ def _check(document: Mapping[str, Any], source: Path | None) -> None:
 def _page(document: Mapping[str, Any], limits: Limits) -> str:
     inputs, thresholds = mapped(document, "inputs"), mapped(document, "thresholds")
     names = " against ".join(_name(inputs[k]) for k in ("a", "b") if inputs.get(k))
-    title = text(names or "Validation", 160)
+    title = text(names or "Validation", 90)
     parts = [
         f"<h1>{title}</h1>\n",
         f'<p class="quiet">{_sides(inputs)}</p>\n<p class="quiet">{_made(document)}</p>\n',
@@ -114,7 +115,7 @@ def _name(given: object) -> str:
 def _sides(inputs: Mapping[str, Any]) -> str:
     """Which is A, which is B, and on what."""
     paths = {
-        {"a": "A", "b": "B"}.get(key, key): given.get("path") if _is_input(given) else given
+        SIDES.get(key, key): given.get("path") if _is_input(given) else given
         for key, given in list(inputs.items())[:8]
         if given
     }
@@ -238,7 +239,11 @@ def _provenance(document: Mapping[str, Any], limits: Limits) -> str:
     if command := document.get("command"):
         words = command if isinstance(command, str) else " ".join(map(str, command))
         parts.append(f"<pre><code>{text(words, 4000)}</code></pre>\n")
-    given = [{"input": k, **v} for k, v in mapped(document, "inputs").items() if _is_input(v)]
+    given = [
+        {"input": SIDES.get(k, k), **v}
+        for k, v in mapped(document, "inputs").items()
+        if _is_input(v)
+    ]
     if given:
         parts.append(f"<h3>Inputs</h3>\n{records(given, limits)}")
     for key, title in (

@@ -12,9 +12,9 @@ from loraduct.validation.report_html import figure, is_interval, is_number, list
 Numbers = Mapping[str, Any]
 Placed = tuple[int, str, Numbers]  # layer, path within it, the module's numbers
 HEATS = (
-    ("norm", "Size of the update", "norm of dW (Frobenius)", False),
-    ("rank", "Rank", "rank", False),
-    ("error", "Error of the update", "‖dW(B) − dW(A)‖ / ‖dW(A)‖", True),
+    ("norm", "Size of the update", "norm of dW (Frobenius)"),
+    ("rank", "Rank", "rank"),
+    ("error", "Error of the update", "‖dW(B) − dW(A)‖ / ‖dW(A)‖"),
 )
 
 
@@ -29,10 +29,12 @@ def _parity(numbers: Numbers, thresholds: Numbers) -> list[str]:
         svg = plots.by_layer(gains, "gain", 1.0, max(bands, default=None))
         explained = f"B's dW measured along A's: at 1 nothing is lost{more}"
         figures.append(figure("Effect kept per layer", explained, svg))
-    for key, title, unit, log in HEATS:
+    bounds = [float(m["bound"]) for _, _, m in placed if is_number(m.get("bound"))]
+    for key, title, unit in HEATS:
         cells = {(kind, n): float(m[key]) for n, kind, m in placed if is_number(m.get(key))}
         if cells:
-            figures.append(_heat(key, title, cells, unit, more, log=log))
+            top = max(bounds, default=0.0) if key == "error" else None
+            figures.append(_heat(key, title, cells, unit, more, top))
     return figures
 
 
@@ -84,8 +86,7 @@ def _heat(
     cells: Mapping[tuple[str, int], float],
     unit: str,
     more: str,
-    *,
-    log: bool,
+    top: float | None,
 ) -> str:
     every = list(dict.fromkeys(kind for kind, _ in cells))
     columns = sorted({layer for _, layer in cells})[: plots.MOST_CELLS]
@@ -93,9 +94,12 @@ def _heat(
     left = len(every) - len(rows)
     known = set(columns)
     cells = {at: v for at, v in cells.items() if at[0] in rows and at[1] in known}
-    svg = plots.heat(f"heat-{key}", rows, columns, cells, unit, log=log)
+    svg = plots.heat(f"heat-{key}", rows, columns, cells, unit, top)
+    scale = (
+        "" if top is None else "; the scale ends at the bound, or at the largest error beyond it"
+    )
     kinds = f"; {left:,} more kinds: in the table" if left > 0 else ""
-    return figure(title, f"modules by layers{kinds}{more}", svg)
+    return figure(title, f"modules by layers{scale}{kinds}{more}", svg)
 
 
 def _quality(numbers: Numbers, thresholds: Numbers) -> list[str]:

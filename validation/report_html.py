@@ -206,7 +206,7 @@ def key_table(found: Sequence[tuple[str, str]], limits: Limits) -> str:
 
 
 def _side(cell: str) -> str:
-    return "number" if cell.startswith("<data") else ""
+    return "number" if cell.startswith("<data") or cell == "–" else ""
 
 
 def records(found: Sequence[Mapping[str, Any]], limits: Limits) -> str:

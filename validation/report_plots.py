@@ -134,10 +134,13 @@ def heat(
     columns: Sequence[int],
     cells: Mapping[tuple[str, int], float],
     unit: str,
-    *,
-    log: bool = False,
+    top: Number = None,
 ) -> str:
-    """A cell for each kind of module and layer; where there is no number the paper shows."""
+    """A cell for each kind of module and layer; where there is no number the paper shows.
+
+    With ``top`` the scale is logarithmic, four decades up to there (or to the largest value): what is
+    below is as good as nothing, and has one colour.
+    """
     import matplotlib
     import numpy as np
     from matplotlib.colors import LogNorm, Normalize
@@ -147,10 +150,15 @@ def heat(
         grid[rows.index(row), columns.index(column)] = value
     fine = grid[np.isfinite(grid)]
     low, high = float(fine.min()), float(fine.max())
-    log = log and low > 0 and high > low
-    if low == high:  # one colour: a scale around it, so that the bar says which
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    norm = LogNorm(low, high) if log else Normalize(low, high)
+    log = top is not None and max(top, high) > 0
+    same = low if low == high else None  # then the bar says which
+    if log:
+        high = max(top or 0.0, high)
+        low = high * 1e-4
+        grid = np.maximum(grid, low)
+        norm: Any = LogNorm(low, high)
+    else:
+        norm = Normalize(low - 0.5, high + 0.5) if same is not None else Normalize(low, high)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -175,6 +183,10 @@ def heat(
         bar.outline.set_visible(False)
         if log:
             _decades(bar.ax.xaxis)
+        elif same is not None:
+            bar.set_ticks([same], labels=[f"{same:.4g}"])
+        elif all(v == int(v) for v in fine):
+            _whole(bar.ax.xaxis)
 
     return _svg(name, paint, 105 + 18 * len(rows))
 

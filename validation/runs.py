@@ -15,6 +15,7 @@ from loraduct.validation import runtimes, texts
 from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Loaded, Run
 
 MOST_TOKENS = 1024  # of a text: what is longer is cut
+TEXT_TOKENS = 4096  # of all texts
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -54,13 +55,14 @@ class Runs:
         file: Path | None = None,
         text: Path | None = None,
         rows: Sequence[Mapping[str, Any]] = (),
+        most: int = TEXT_TOKENS,
         adapters: Sequence[Adapter] = (),
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.base, self.prompts, self.file = base, prompts, file
-        self.text, self.rows, self.adapters = text, rows, adapters
+        self.text, self.rows, self.most, self.adapters = text, rows, most, adapters
         self.progress = progress
-        self._done: dict[object, Done] = {}
+        self._done: dict[object, tuple[Adapter, Done]] = {}  # the adapter is held: its id is the key
 
     @cached_property
     def _tokens(self) -> tuple[list[list[int]], Any]:
@@ -91,14 +93,14 @@ class Runs:
 
     @cached_property
     def texts(self) -> tuple[list[texts.Text], int]:
-        """(the texts, how many were cut); none without a file."""
+        """(the first texts, up to ``most`` tokens, and how many were cut); none without a file."""
         if self.text is None:
             return [], 0
         if self.tokenizer is None:
             what = "can't be used: the base has no tokenizer (tokenizer.json)"
             raise Refused(self.text, what)
-        most = min(self.limit, MOST_TOKENS)
-        return texts.tokenized(self.rows, self.tokenizer, most, self.text)
+        longest = min(self.limit, MOST_TOKENS)
+        return texts.tokenized(self.rows, self.tokenizer, longest, self.most, self.text)
 
     def bare(self, adapter: Adapter) -> Done:
         """The base without the adapter, where the adapter runs: a package has a base of its own."""
@@ -120,8 +122,8 @@ class Runs:
                 done = runtimes.use_package(package, given.name if given else None, self._work)[0]
             else:
                 done = runtimes.use(kind, self.base, given, self._work)
-            self._done[key] = done
-        return self._done[key]
+            self._done[key] = adapter, done
+        return self._done[key][1]
 
     def _work(self, model: Loaded) -> Done:
         """All that is asked of a loaded model."""

@@ -38,7 +38,7 @@ SUITES = {
 STATIC = ("structure", "base", "size")  # need no runtime, and run on what is broken too
 MUST_HOLD = ("structure", "base")  # before anything is run
 BROKEN = "the structure is broken"
-LATENCY_GATES = {"max_memory", "max_ms_per_prompt_token", "min_tokens_per_second"}
+NO_OTHERS = "no other adapters: --beside ADAPTER, or --suite swap"
 
 
 class CannotRun(LoraductError):
@@ -118,21 +118,10 @@ def run(context: Context, progress: Callable[[str], None] = lambda _: None) -> l
     return found
 
 
-def _asked(name: str, context: Context) -> str | None:
-    """Why a suite that judges nothing by itself does not run unasked."""
-    if name in context.wanted:
-        return None
-    if name == "latency" and not context.given & LATENCY_GATES:
-        return "no gate to hold it against; --suite latency measures all the same"
-    if name == "swap" and not context.beside:
-        return "no other adapters: --beside ADAPTER, or --suite swap"
-    return None
-
-
 def _one(name: str, context: Context) -> Suite:
     """One suite; what it lacks skips it, or fails it where it was asked for by name."""
-    if why := _asked(name, context):
-        return Suite(name, "skipped", why)
+    if name == "swap" and not (context.beside or name in context.wanted):
+        return Suite(name, "skipped", NO_OTHERS)
     try:
         module = import_module(f"loraduct.validation.{SUITES[name]}")
         done: Suite = module.run(context)

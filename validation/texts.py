@@ -69,11 +69,15 @@ def _checked(file: Path, number: int, row: str) -> Mapping[str, Any]:
 
 
 def tokenized(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, limit: int, file: Path
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, limit: int, most: int, file: Path
 ) -> tuple[list[Text], int]:
-    """(texts of at most ``limit`` tokens, how many were cut to that). Raises Refused."""
-    found, cut = [], 0
+    """(the first texts, of at most ``limit`` tokens each and about ``most`` in all, how many were
+    cut). Raises Refused."""
+    found: list[Text] = []
+    cut = total = 0
     for number, row in enumerate(rows, 1):
+        if total >= most:
+            break
         ids, scored = _tokens(row, tokenizer, file, number)
         cut += len(ids) > limit
         kept = tuple(p for p in scored if 0 < p < limit)
@@ -82,6 +86,7 @@ def tokenized(
             why += f" within the context of {limit}" if len(ids) > limit else ""
             raise Refused(file, why)
         found.append(Text(tuple(ids[:limit]), kept))
+        total += len(found[-1].ids)
     return found, cut
 
 

@@ -34,6 +34,7 @@ _SEEING = (
     "audio_tower",
     "multi_modal_projector",
 )
+_PLACES = ("wpe", "embed_positions", "position_embeddings")  # looked up by position
 _PRODUCTS = ("linear", "matmul", "conv")
 _ATTENTION = ("scaled_dot_product_attention", "softmax")
 
@@ -72,6 +73,11 @@ class Workload:
 def of_base(base: Base) -> Workload:
     """A base folder, with or without weights. Raises Refused where its config says too little."""
     layers = base.layers
+    if base.quantization is None and "quantization_config" in base.config:
+        what = (
+            "is quantised in a way that loraduct does not read (quantization_config); give the base"
+        )
+        raise Refused(base.path / "config.json", f"{what} it was made of, or its config.json")
     if layers is None:
         raise Refused(base.path / "config.json", "does not say the number of layers")
     name = base.path.name or str(base.path)
@@ -93,7 +99,7 @@ def _weighed(made: Workload, base: Base) -> Workload:
         stored += tensor.stored_nbytes
         module = name.rpartition(".")[0]
         kind = kind_of_module(module)
-        if kind == "embedding" and not tied:
+        if (kind == "embedding" and not tied) or module.rpartition(".")[2] in _PLACES:
             continue
         part = share if kind == "experts" else 1.0
         read += part * tensor.stored_nbytes
@@ -180,17 +186,21 @@ def _context(base: Base) -> int | None:
 def with_adapter(made: Workload, adapter: Adapter, *, fused: bool = False) -> Workload:
     """The base with an adapter beside its weights; one that is fused costs nothing.
 
-    Of a low-rank update two products (x A, then B), its scale and the sum: 4 operations.
+    Of a low-rank update two products (x A, then B), its scale and the sum: 4 operations. DoRA's norm
+    of the adapted weight is computed in every call, by PEFT 0.21 and mlx-lm 0.32 alike: the weight is
+    read, the sum is written and read again, at 2 bytes a value, in 4 operations more.
     """
     if fused:
         return replace(made, name=f"{made.name} + {adapter.name or adapter.path.name} fused")
     low = adapter.low_rank.values()
+    dora = [u for u in low if u.magnitude is not None]
     return replace(
         made,
         name=f"{made.name} + {adapter.name or adapter.path.name}",
-        adapter_bytes=sum(t.stored_nbytes for u in low for t in u.tensors),
+        adapter_bytes=sum(t.stored_nbytes for u in low for t in u.tensors)
+        + sum(3 * HALF * math.prod(u.shape) for u in dora),
         adapter_macs=sum(math.prod(t.shape) for u in low for t in (u.a, u.b)),
-        adapter_ops=4 * len(adapter.low_rank),
+        adapter_ops=4 * (len(adapter.low_rank) + len(dora)),
     )
 
 

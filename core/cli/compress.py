@@ -16,6 +16,7 @@ KINDS = {
     "adapter": "loraduct.converters.compress_adapter",
     "base": "loraduct.converters.compress_base",
 }
+CALIBRATED = ("package",)  # whose modules use what --calibrate measures
 
 
 @click.command("compress")
@@ -110,13 +111,14 @@ def command(
         raise click.UsageError("give -o OUT, or --plan")
     if per_channel_scale and quantize:
         raise click.UsageError("--quantize has scales already: leave --per-channel-scale out")
-    if base is not None and calibrate is None:
-        raise click.UsageError("--base is for the tokenizer of --calibrate FILE")
     if html is not None and bits_per_weight is None and size is None:
         raise click.UsageError("--html draws the curve of --bits-per-weight or --size")
     from loraduct.converters.compress_wanted import Wanted, bytes_of
 
     how = module_of(target)
+    of_adapter = how.__name__ == KINDS["adapter"]
+    if base is not None and calibrate is None and not of_adapter:
+        raise click.UsageError("--base is for the tokenizer of --calibrate FILE, or for adapters")
     if (plain or expanded) and how.__name__ == KINDS["package"]:
         raise click.UsageError("--plain and --expanded are for a base model's folder")
     _check_page(html, output, force)
@@ -144,6 +146,8 @@ def command(
     made = how.compress(target, None if plan else output, wanted)
     if how.__name__ == KINDS["package"]:
         _measured(made, text)
+    if of_adapter and base is not None:
+        _effects(made, target, base, wanted)
     if html is not None:
         from loraduct.converters.compress_curve import page
         from loraduct.files import replace_file
@@ -171,11 +175,43 @@ def _calibration(
     """What measures on the text. Raises UsageError for what can't be calibrated."""
     from loraduct.cli import calibration
 
-    if how.__name__ == KINDS["package"]:
-        return calibration.OfPackage(target, file, base, adapters, budget)
-    if how.__name__ == KINDS["base"]:
+    kind = next(k for k, module in KINDS.items() if module == how.__name__)
+    if kind not in CALIBRATED:
+        fit = " and ".join(f"{k}s" for k in CALIBRATED)
+        raise click.UsageError(f"--calibrate is for {fit}; {target} is of the kind: {kind}")
+    if kind == "base":
         return calibration.OfBase(target, file)
-    raise click.UsageError("--calibrate is for packages and bases: an adapter alone can't be run")
+    return calibration.OfPackage(target, file, base, adapters, budget)
+
+
+def _effects(made: Any, target: Path, base: Path, wanted: Any) -> None:
+    """What an adapter's compression leaves of its effect on the base's logits, and which width would
+    leave enough where this one doesn't."""
+    import tempfile
+    from dataclasses import replace
+
+    from loraduct.converters.compress_adapter import KEPT, WIDER, compress
+    from loraduct.formats import base as base_folder
+    from loraduct.validation.effect import Effect
+
+    whole = Effect(base_folder.read(base), target)
+    with tempfile.TemporaryDirectory(prefix="loraduct-") as room:
+
+        def kept(name: str, way: Any) -> float:
+            folder = made.output
+            if folder is None or way is not wanted:
+                folder = Path(room) / name
+                compress(target, folder, way)
+            return whole.cosine(folder)
+
+        made.effects["as asked"] = kept("0", wanted)
+        for width in WIDER if made.effects["as asked"] < KEPT else ():
+            if width > min(m.bits for m in made.modules):
+                fresh = {"quantize": None, "bits_per_weight": None, "size": None}
+                way = replace(wanted, palettize=width, **fresh)
+                made.effects[f"{width} bits"] = cosine = kept(str(width), way)
+                if cosine >= KEPT:
+                    break
 
 
 def _measured(made: Any, text: Any) -> None:

@@ -10,11 +10,13 @@ EXTRAS = {
     "torch": ("torch", "transformers", "peft"),
     "mlx": ("mlx", "mlx-lm"),
     "coreml": ("coremltools",),
+    "report": ("matplotlib",),
 }
 USES = {
     "torch": "validate PEFT adapters and packages; read .bin",
     "mlx": "validate MLX adapters",
     "coreml": "run packages on a Mac (building and editing need nothing)",
+    "report": "draw a validation as a page",
 }
 
 

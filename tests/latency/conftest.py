@@ -84,7 +84,7 @@ def package(tied: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     from loraduct.cli import main
 
     out = tmp_path_factory.mktemp("package") / "tiny.mlpackage"
-    args = ["package", "--base", tied, "--adapter", f"a={adapter}", "--context", 48, "-o", out]
+    args = ["package", "--base", tied, "-a", f"a={adapter}", "--context", 48, "-o", out]
     done = CliRunner().invoke(main, [str(a) for a in args])
     assert done.exit_code == 0, done.output
     return out

@@ -26,7 +26,16 @@ def test_every_figure_has_a_source() -> None:
 def test_the_families_are_there() -> None:
     known = devices.built_in()
     chips = {d.chip for d in known.values()}
-    assert {"A14 Bionic", "A15 Bionic", "A16 Bionic", "A17 Pro", "A18", "A18 Pro", "A19", "A19 Pro"} <= chips
+    assert {
+        "A14 Bionic",
+        "A15 Bionic",
+        "A16 Bionic",
+        "A17 Pro",
+        "A18",
+        "A18 Pro",
+        "A19",
+        "A19 Pro",
+    } <= chips
     for n in range(1, 6):
         assert {f"M{n}", f"M{n} Pro", f"M{n} Max"} <= chips
     ids = [i for d in known.values() for i in d.identifiers]
@@ -42,12 +51,13 @@ def test_names_that_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("iPhone 15 Prp", "'iPhone 15 Pro'"), ("a17", "'A17 Pro'"), ("M4 Mx", "'M4 Max'")]
+    ("name", "near"),
+    [("iPhone 15 Prp", "'iPhone 15 Pro'"), ("a17", "'A17 Pro'"), ("M4 Mx", "'M4 Max'")],
 )
 def test_unknown_devices_name_what_is_near(name: str, near: str) -> None:
     with pytest.raises(Refused, match="unknown device") as e:
         devices.find(name, devices.built_in())
-    assert near in str(e.value)
+    assert f"did you mean {near}" in str(e.value)
 
 
 def test_own_devices(tmp_path: Path) -> None:

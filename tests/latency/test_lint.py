@@ -56,11 +56,15 @@ def float32(x: Any) -> Any:
 
 
 def gathered(x: Any) -> Any:
-    return mb.add(x=x, y=mb.gather(x=np.ones((4, 8), HALF), indices=np.array([1], np.int32), axis=0))
+    return mb.add(
+        x=x, y=mb.gather(x=np.ones((4, 8), HALF), indices=np.array([1], np.int32), axis=0)
+    )
 
 
 def scattered(x: Any) -> Any:
-    return mb.scatter(data=x, indices=np.array([0], np.int32), updates=np.ones((1, 8), HALF), axis=0)
+    return mb.scatter(
+        data=x, indices=np.array([0], np.int32), updates=np.ones((1, 8), HALF), axis=0
+    )
 
 
 def product(x: Any) -> Any:
@@ -70,7 +74,9 @@ def product(x: Any) -> Any:
 def branch(x: Any) -> Any:
     whole = mb.reduce_sum(x=x, axes=[0, 1], keep_dims=False)
     return mb.cond(
-        pred=mb.greater(x=whole, y=HALF(0)), _true_fn=lambda: mb.relu(x=x), _false_fn=lambda: mb.exp(x=x)
+        pred=mb.greater(x=whole, y=HALF(0)),
+        _true_fn=lambda: mb.relu(x=x),
+        _false_fn=lambda: mb.exp(x=x),
     )
 
 
@@ -89,6 +95,13 @@ def _int4(shape: tuple[int, ...]) -> Any:
 
 def blocks_of_four(x: Any) -> Any:
     w = mb.constexpr_blockwise_shift_scale(data=_int4((8, 8)), scale=np.ones((8, 2), HALF))
+    return mb.linear(x=x, weight=w)
+
+
+def blocks_without_sign(x: Any) -> Any:
+    uint4 = types.type_mapping.nptype_from_builtin(types.uint4)
+    codes = np.ones((8, 8)).astype(uint4)
+    w = mb.constexpr_blockwise_shift_scale(data=codes, scale=np.ones((8, 2), HALF))
     return mb.linear(x=x, weight=w)
 
 
@@ -137,7 +150,9 @@ def test_what_is_no_fault(body: Any, tmp_path: Path) -> None:
     assert "not a promise" in checks[0].detail
 
 
-@pytest.mark.parametrize(("body", "rule"), [(deep, "size"), (product, "no path")])
+@pytest.mark.parametrize(
+    ("body", "rule"), [(deep, "size"), (product, "no path"), (blocks_without_sign, "4-bit blocks")]
+)
 def test_other_forms(body: Any, rule: str, tmp_path: Path) -> None:
     assert set(rules_of(build(tmp_path, body))) == {rule}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -16,7 +17,22 @@ from typing import Any
 import pytest
 
 from loraduct.errors import MissingExtra, Refused
-from loraduct.validation import latency, latency_child, latency_coreml, latency_targets
+from loraduct.formats import base as base_folder
+from loraduct.formats import read
+from loraduct.formats.coreml import package as package_folder
+from loraduct.formats.options import ReadOptions
+from loraduct.validation import (
+    coreml,
+    devices,
+    forecast,
+    latency,
+    latency_child,
+    latency_coreml,
+    latency_targets,
+    mil,
+    suites,
+    workload,
+)
 from loraduct.validation.latency import Measured, Target
 from loraduct.validation.runtimes import RuntimeFailed
 
@@ -31,7 +47,9 @@ def test_an_adapter_and_its_base_in_turns(tied: Path, adapter: Path) -> None:
         latency_targets.target_of(adapter, tied),
         latency_targets.target_of(tied, None),
     ]
-    assert [(t.runtime, t.dtype, t.vocabulary, t.most) for t in targets] == [("torch", "float32", 160, 128)] * 2
+    assert [(t.runtime, t.dtype, t.vocabulary, t.most) for t in targets] == [
+        ("torch", "float32", 160, 128)
+    ] * 2
     done, ratios = measured(targets, contexts=[4, 16], progress=said.append)
     assert [(m.name, m.context) for m in done] == [
         (str(adapter), 4), (str(adapter), 16), (str(tied), 4), (str(tied), 16),
@@ -54,15 +72,6 @@ def test_an_adapter_and_its_base_in_turns(tied: Path, adapter: Path) -> None:
     assert all(r.low <= r.median <= r.high for r in ratios)
     assert [s for s in said if s.startswith("round")] == ["round 1 of 2", "round 2 of 2"]
     json.dumps([m.as_json() for m in done], allow_nan=False)
-
-
-def test_mlx(tied: Path, mlx_adapter: Path) -> None:
-    target = latency_targets.target_of(mlx_adapter, tied)
-    assert (target.runtime, target.dtype) == ("mlx", "stored")
-    (m,), ratios = measured([target])
-    assert m.swap_ms is not None
-    assert ratios == []
-    assert m.facts["versions"]["mlx-lm"]
 
 
 def test_the_peak_is_the_childs_own(tied: Path) -> None:
@@ -145,8 +154,8 @@ def test_a_child_that_fails_says_why(tied: Path, tmp_path: Path) -> None:
     broken = tmp_path / "base"
     shutil.copytree(tied, broken)
     (broken / "model.safetensors").write_bytes(b"\0" * 100)
-    target = Target("broken", "torch", broken, None, "float32", "ALL", 160, 128)
-    with pytest.raises(RuntimeFailed, match="torch did not run broken") as e:
+    target = Target("broken", "mlx", broken, None, "stored", "ALL", 160, 128)
+    with pytest.raises(RuntimeFailed, match=r"mlx did not run broken: [A-Z]") as e:
         measured([target])
     assert "\n" not in str(e.value)
 
@@ -247,6 +256,137 @@ def test_placement_is_counted_with_nested_blocks() -> None:
     assert found["off_neural_engine"] == {"gather": 1, "cond": 1, "relu": 1}
 
 
+FORMS = {"stateful": (), "fixed shapes": ("--shapes", "1,8"), "stateless": ("--stateless",)}
+
+
+class Interpreted:
+    """In place of coremltools' CompiledMLModel: our interpreter, with Apple's way of keeping states."""
+
+    def __init__(self, path: str, compute_units: Any, function_name: str) -> None:
+        self.machine = mil.load(package_folder.read(Path(path)), function_name)
+
+    def make_state(self) -> Any:
+        held = self.machine.new_state()
+
+        def write(name: str, value: Any) -> None:
+            held[name] = value
+
+        return SimpleNamespace(held=held, read_state=held.__getitem__, write_state=write)
+
+    def predict(self, inputs: dict[str, Any], state: Any) -> dict[str, Any]:
+        return self.machine.run(inputs, state.held if state else None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_core_ml_is_fed_as_our_packages_want_it(
+    form: str, tied: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding, positions, masks and the hand-over of the cache: the tokens are the interpreter's own.
+
+    It proves the calls, nothing of Core ML.
+    """
+    import coremltools as ct
+    from click.testing import CliRunner
+
+    from loraduct.cli import main
+
+    out = tmp_path / "p.mlpackage"
+    args = [
+        "package",
+        "--base",
+        tied,
+        "-a",
+        f"a={adapter}",
+        "--context",
+        40,
+        *FORMS[form],
+        "-o",
+        out,
+    ]
+    done = CliRunner().invoke(main, [str(a) for a in args])
+    assert done.exit_code == 0, done.output
+    monkeypatch.setattr(ct.models, "CompiledMLModel", Interpreted)
+    monkeypatch.setattr(ct.models.utils, "compile_model", lambda path: path)
+    made = latency_coreml.CoreML({"base": str(out), "adapter": "a", "units": "ALL"})
+    ids = [5, 17, 101, 3, 44, 90, 8, 23, 77, 11, 60]
+    session = coreml.session(package_folder.read(out), "a")
+    wanted = coreml.greedy(session, ids, 6)
+    for _ in range(2):  # a second conversation begins anew
+        found = [made.prompt(ids)]
+        while len(found) < 6:
+            found.append(made.step(found[-1]))
+        assert found == wanted
+    assert made.swap() is not None
+
+
+def test_the_swift_program_writes_what_is_read(repo: Path, tmp_path: Path) -> None:
+    """Its names are those of our packages and of the file; that it compiles is not tested."""
+    text = (repo / "docs/measure.swift").read_text()
+    for name in (coreml.IDS, coreml.MASK, coreml.POSITION):
+        assert f'"{name}":' in text
+    assert '_q\\(q)"' in text
+    point = {
+        "context": 128,
+        "prompt_tokens": 64,
+        "ms_per_prompt_token": 0.6,
+        "tokens_per_second": 30.0,
+    }
+    assert all(f"{key}:" in text for key in (*point, "schema", "device", "engine", "points"))
+    engines = re.findall(r'"(coreml-[a-z]+)"', text)
+    assert set(engines) == {forecast.COREML_GPU, forecast.ANE}
+    file = tmp_path / "measured.json"
+    value = {"schema": 1, "device": "iPhone16,1", "engine": engines[0], "points": [point]}
+    file.write_text(json.dumps(value))
+    load = workload.Workload("m", 10**9, 10**9, 20)
+    assert forecast.measured(file, load, devices.built_in())[1][0].device.chip == "A17 Pro"
+
+
+# -- the suite of validate -------------------------------------------------------------------------
+
+
+def context(base: Path, *adapters: Path, **options: Any) -> suites.Context:
+    model = base_folder.read(base)
+    found = tuple(read(a, ReadOptions(base=model, restore=False)) for a in adapters)
+    runs: Any = None
+    return suites.Context(found, model, runs, **options)
+
+
+def test_the_suite(tied: Path, adapter: Path, mlx_adapter: Path) -> None:
+    done = latency.run(
+        context(tied, adapter, mlx_adapter, wanted=frozenset({"latency"}),
+                options={"context": 8, "generate": 2})
+    )  # fmt: skip
+    assert done.status == "passed"
+    n = done.numbers
+    assert [t["runtime"] for t in n["targets"]] == ["torch", "mlx"]
+    ships = n["targets"][1]
+    assert n["ms_per_prompt_token"] == ships["ms_per_prompt_token"]
+    assert n["peak_memory_bytes"] == ships["peak_bytes"]
+    assert ships["swap_ms"] > 0
+    assert ships["dtype"] == "stored"
+    assert ships["versions"]["mlx-lm"]
+    assert n["tokens_per_second"] > 0
+    assert n["first_token_ms"] > 0
+    assert n["load_seconds"] > 0
+    assert {r["device"] for r in n["forecast"]} == set(devices.built_in())
+    json.dumps(dict(n), allow_nan=False)
+
+
+def test_the_suite_asks_before_it_takes_time(tied: Path, adapter: Path) -> None:
+    with pytest.raises(suites.CannotRun, match="--suite latency"):
+        latency.run(context(tied, adapter))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs there")
+def test_the_suite_of_a_package_forecasts_only(tied: Path, package: Path) -> None:
+    path = Path(f"{package}:a")
+    done = latency.run(context(tied, path, given=frozenset({"max_memory"})))
+    assert done.status == "skipped"
+    assert "Apple's systems only" in done.reason
+    assert {r["engine"] for r in done.numbers["forecast"]} == {"coreml-ane", "coreml-gpu"}
+    assert "tokens_per_second" not in done.numbers
+
+
 def test_the_stand_in_has_coremltools_names() -> None:
     """What `placement` reads exists under these names in the installed coremltools."""
     import contextlib
@@ -273,3 +413,19 @@ def test_the_stand_in_has_coremltools_names() -> None:
     assert {"operator_name", "blocks"} <= fields(compute_plan.MLModelStructureProgramOperation)
     assert "preferred_compute_device" in fields(compute_plan.MLComputePlanDeviceUsage)
     assert "weight" in fields(compute_plan.MLComputePlanCost)
+
+
+@pytest.mark.heavy
+def test_smollm2_with_its_adapter_beside_and_without(repo: Path) -> None:
+    """The real base and a trained adapter, in torch, in turns; and what it costs is forecast."""
+    base = repo / ".cache/smollm2-135m-instruct"
+    adapter = repo / "examples/reply"
+    targets = [latency_targets.target_of(p, base) for p in (base, adapter)]
+    done, ratios = latency.measure(targets, [64], 8, 2)
+    assert [m.swap_ms is not None for m in done] == [False, True]
+    # float32 of 134.5 M values, and no second copy of them
+    assert all(538_000_000 < m.peak_bytes < 3_000_000_000 for m in done)
+    assert len(ratios) == 2
+    load = workload.of_base(base_folder.read(base))
+    assert load.macs == 134_515_008 - (2 * 30 + 1) * 576
+    assert load.weight_bytes == 2 * 134_515_008

@@ -142,6 +142,33 @@ def test_an_adapter_beside_its_base(tied: Path, adapter: Path) -> None:
     assert (fused.adapter_bytes, fused.adapter_macs, fused.adapter_ops) == (0, 0, 0)
 
 
+def test_dora_reads_the_weights_anew(tied: Path, adapter: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    plain = workload.of_base(base_folder.read(tied))
+    lora = workload.with_adapter(plain, read(adapter))
+    dora = workload.with_adapter(plain, read(tmp_path))
+    magnitudes = LAYERS * (HIDDEN + NARROW)
+    weights = LAYERS * (HIDDEN * HIDDEN + HIDDEN * NARROW)
+    assert dora.adapter_bytes - lora.adapter_bytes == 4 * magnitudes + 3 * 2 * weights
+    assert dora.adapter_ops == 2 * lora.adapter_ops
+
+
+def test_positions_are_looked_up(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=VOCABULARY)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    load = workload.of_base(base_folder.read(tmp_path))
+    assert load.macs == 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256) + VOCABULARY * 64
+    assert load.stored_bytes - load.weight_bytes == 4 * 512 * 64
+    assert load.context == 512
+
+
 def test_a_package(tied: Path, package: Path) -> None:
     """Half precision: the weights of the base once, whether a function has an adapter or not."""
     found, function = workload.read_package(package, None)
@@ -195,6 +222,7 @@ def test_a_compressed_package_reads_less(package: Path, tmp_path: Path) -> None:
         ({"num_hidden_layers": None}, "number of layers"),
         ({"dtype": "float3", "torch_dtype": "float3"}, "float3"),
         ({"vocab_size": "x"}, "vocab_size"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"quantization": {"bits": 0, "group_size": 64}}, "bits 0"),
     ],
 )
@@ -225,3 +253,24 @@ def test_a_shared_weight_is_read_once(tmp_path: Path) -> None:
     assert load.weight_bytes == weight.nbytes
     assert load.macs == 2 * 64
     assert load.stored_bytes == weight.nbytes + 512 * 8 * 2
+
+
+def test_compressed_constants_that_are_made_of_others(tmp_path: Path) -> None:
+    """Codes, their table and a scale on top, each in an operation of its own: all are read."""
+    mb, types = mil_build.mb, mil_build.types
+    rows, columns = 64, 128
+
+    def body(x: Any) -> Any:
+        uint4 = types.type_mapping.nptype_from_builtin(types.uint4)
+        codes = np.zeros((rows, columns)).astype(uint4)
+        tables = np.ones((rows // 4, 1, 16, 1), np.float16)
+        table = mb.constexpr_lut_to_dense(indices=codes, lut=tables)
+        scale = np.ones((rows, 1), np.float16)
+        weight = mb.constexpr_blockwise_shift_scale(data=table, scale=scale)
+        return mb.linear(x=x, weight=weight)
+
+    made = mil_build.one(tmp_path, body, x=((1, columns), types.fp16))
+    load = workload.of_package(read_package(made), "main")
+    bias = 2 * rows  # coremltools gives every linear operation one, of zeros
+    assert load.weight_bytes - bias == rows * columns // 2 + rows // 4 * 16 * 2 + rows * 2
+    assert load.macs == rows * columns

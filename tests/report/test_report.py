@@ -248,6 +248,24 @@ def test_heat_map_has_a_cell_for_each_module() -> None:
     assert luminance == sorted(luminance)  # more is lighter
 
 
+def test_error_that_is_as_good_as_none_has_one_colour() -> None:
+    """Rounding noise far below the bound must not look like a pattern; a breach of it must."""
+
+    def colours(errors: list[float]) -> list[str]:
+        doc = small()
+        doc["suites"][2]["numbers"]["modules"] = [
+            modules()[0] | {"module": f"model.layers.{n}.fc1", "error": e, "bound": 1e-3}
+            for n, e in enumerate(errors)
+        ]
+        html = report.html(doc)
+        svg = html[html.index("Error of the update") :].partition("</svg>")[0]
+        return re.findall(r'style="fill: #([0-9a-f]{6}); stroke: var\(--paper\)', svg)
+
+    assert len(set(colours([0.0, 1e-16, 5e-15, 1e-9]))) == 1
+    at_bound, beyond = colours([1e-9, 1e-3]), colours([1e-9, 1e-3, 1e-1])
+    assert at_bound[1] == beyond[2] != beyond[1]
+
+
 @pytest.mark.parametrize("values", [[0.0], [1e-300, 1e200, 0.0], [-1.0, 2.0]])
 def test_odd_values_are_drawn(values: list[float]) -> None:
     doc = small()
@@ -599,3 +617,49 @@ def test_verb_refuses_in_one_line(cli: Callable[..., Any], tmp_path: Path, conte
     assert done.output.startswith("error: ")
     assert done.output.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.heavy
+def test_pictures_fit_their_windows(repo: Path, tmp_path: Path) -> None:
+    """In a real browser, also with hostile names: nothing sticks out, loads, or logs an error."""
+    sys.path.insert(0, str(repo / "scripts"))
+    from screenshots import VIEWS, find
+
+    if find() is None:
+        pytest.skip("no Chromium here")
+    documents = {"good": document(), "hostile": replaced(small(), itertools.cycle(HOSTILE))}
+    for name, doc in documents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(doc))
+    files = [tmp_path / f"{name}.json" for name in documents]
+    script = repo / "scripts" / "screenshots.py"
+    done = subprocess.run(
+        [sys.executable, script, *files, "-o", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in documents:
+        for view, (width, scale, _) in VIEWS.items():
+            head = (tmp_path / f"{name}-{view}.png").read_bytes()[:24]
+            assert head[:8] == b"\x89PNG\r\n\x1a\n"
+            assert int.from_bytes(head[16:20], "big") == width * scale
+        assert (tmp_path / f"{name}.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+@pytest.mark.heavy
+def test_what_sticks_out_is_seen(repo: Path, tmp_path: Path) -> None:
+    """The check above can fail: a page that is too wide, or asks for a picture, is told."""
+    sys.path.insert(0, str(repo / "scripts"))
+    from screenshots import find, opened, take
+
+    chromium = find()
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    page = tmp_path / "wide.html"
+    page.write_text(
+        '<!doctype html><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<div style="width: 900px">x</div><img src="no.png">'
+    )
+    with opened(chromium) as browser:
+        wrong = "\n".join(take(browser, page, tmp_path))
+    assert "phone: 908 pixels wide of 390" in wrong  # and the margin
+    assert "desktop: asks for file://" in wrong
+    assert "desktop: 9" not in wrong

@@ -1,0 +1,138 @@
+"""What a pool needs to know of an adapter before a value of it is read, and how several combine.
+
+Both runtimes share this: which module each update belongs to, what may be weighted, what can't
+stand beside what. The runtimes' own modules (`pool_torch`, `pool_mlx`) only place and compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from loraduct.adapter import Adapter, LowRank
+from loraduct.errors import Refused
+from loraduct.tensor import Tensor
+
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(eq=False)
+class Low:
+    """A low-rank update in the runtime's own arrays, oriented as `loraduct.adapter.LowRank` is.
+
+    ``factor`` (out,) is DoRA's m / ||W + scale * b @ a||. ``kind`` is the layout; ``bare`` says that
+    the parameter itself is updated (experts' and routers' in transformers), not a layer's output.
+    """
+
+    a: Any
+    b: Any
+    scale: float
+    kind: str
+    factor: Any = None
+    bias: Any = None
+    bare: bool = False
+
+
+@dataclass(eq=False)
+class Held:
+    """An adapter in memory. ``updates`` by module (bare ones by parameter), ``replaced`` by
+    parameter, ``rows`` by parameter: (row numbers, what stands there). ``nbytes``: of all arrays."""
+
+    file: Path
+    nbytes: int
+    updates: dict[str, Low] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, tuple[list[int], Any]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Plan:
+    """The same before it is read: checked against the live model, its size known."""
+
+    adapter: Adapter
+    nbytes: int
+    updates: dict[str, tuple[LowRank, bool]] = field(default_factory=dict)  # and whether bare
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+
+Stack = Sequence[tuple[Held, float]]
+
+
+class Runtime(Protocol):
+    """What `loraduct.converters.pool` asks of a runtime. All but `read` run under the pool's lock."""
+
+    naming: str
+
+    def plan(self, adapter: Adapter) -> Plan:
+        """Where everything goes. Raises Refused naming what the live model has no place for."""
+
+    def weights(self, plan: Plan) -> Mapping[str, Any]:
+        """The base's own arrays that reading needs, whatever is active now."""
+
+    def read(self, plan: Plan, weights: Mapping[str, Any]) -> Held:
+        """The values. Raises Refused for NaN and Inf."""
+
+    def show(self, stack: Stack) -> None:
+        """Make the model compute with these, in this order, instead of what it had before."""
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """What stands in the place of base weights now."""
+
+
+def check_stack(stack: Stack) -> None:
+    """Refuse what has no meaning together: the same rules as `fuse` has.
+
+    Raises Refused naming the module or parameter.
+    """
+    whole: set[str] = set()
+    adapted: set[str] = set()
+    for held, weight in stack:
+        for name, low in held.updates.items():
+            if low.factor is not None and weight != 1.0:
+                what = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined"
+                raise Refused(held.file, f"{what} (given {weight:g})", tensor=name)
+            adapted.add(name if low.bare else f"{name}.weight")
+        for name in (*held.replaced, *held.rows):
+            if weight != 1.0:
+                what = f"replaces this weight: weighted by {weight:g} that is not defined"
+                raise Refused(held.file, what, tensor=name)
+            if name in whole:
+                raise Refused(held.file, "is changed by another adapter too", tensor=name)
+            whole.add(name)
+        both = next(iter(sorted(adapted & whole)), None)
+        if both is not None:
+            what = "is adapted and replaced at once: which comes first is not defined"
+            raise Refused(held.file, what, tensor=both)
+
+
+def token_rows(adapter: Adapter, name: str, rows: Tensor, height: int) -> list[int]:
+    """The row numbers of trained tokens, which PEFT keeps in its config.
+
+    ``height``: rows of the embedding. Raises Refused for numbers that it doesn't have.
+    """
+    module = name.removesuffix(TOKENS)
+    indices = adapter.config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
+    sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < height for i in indices)
+    if not sound or len(indices) != rows.shape[0]:  # type: ignore[arg-type]
+        what = f"trains tokens that an embedding of {height} rows does not have"
+        raise Refused(adapter.weights, what, tensor=name)
+    return list(indices or ())
+
+
+def no_place(adapter: Adapter, name: str) -> Refused:
+    """For what the live model doesn't have."""
+    return Refused(
+        adapter.weights, "the model has no such place: made for another base", tensor=name
+    )
+
+
+def misfit(adapter: Adapter, name: str, given: Sequence[int], there: Sequence[int]) -> Refused:
+    """For shapes that differ."""
+    what = f"updates a weight of shape {list(given)}, the model has {list(there)}: made for another base"
+    return Refused(adapter.weights, what, tensor=name)

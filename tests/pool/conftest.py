@@ -1,0 +1,65 @@
+"""Tiny bases and adapters of stock PEFT: those that the tests of fusing have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+
+def _load(folder, name):
+    file = Path(__file__).parent.parent / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"pool_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fusing():
+    pytest.importorskip("peft")
+    import torch
+
+    torch.set_num_threads(1)
+    return _load("algebra", "fusing")
+
+
+@pytest.fixture(scope="session")
+def peers():
+    pytest.importorskip("mlx_lm")
+    return _load("conformance", "peers")
+
+
+@pytest.fixture(scope="session")
+def bases(fusing, tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = fusing.saved(name, tmp_path_factory.mktemp("base"))
+            rope = json.loads((made[name] / "config.json").read_text()).get("rope_parameters") or {}
+            experts = {"num_experts": 3} if name == "qwen3_moe" else {}
+            old = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+            fusing.edited(made[name], **old, **experts)  # what mlx-lm reads
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def adapters(fusing, bases, tmp_path_factory):
+    """Name -> folder of an adapter on the tiny llama, made once."""
+    wanted = {
+        "one": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        "two": {"target_modules": ["q_proj", "up_proj"], "r": 3, "use_rslora": True},
+        "dora": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
+        "norms": {"target_modules": ["k_proj"], "modules_to_save": ["input_layernorm"]},
+        "tokens": {"target_modules": ["k_proj"], "trainable_token_indices": [3, 44]},
+    }
+    home = tmp_path_factory.mktemp("adapters")
+    return {
+        name: fusing.trained(bases("llama"), home / name, seed, **config)
+        for seed, (name, config) in enumerate(wanted.items(), 1)
+    }

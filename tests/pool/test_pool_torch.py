@@ -1,0 +1,239 @@
+"""The pool on torch against stock PEFT's logits, and the base's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from loraduct import AdapterPool
+from loraduct.errors import LoraductError, Refused
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES = {
+    "lora": ("llama", {"target_modules": ALL}),
+    "rslora with patterns": ("llama", {
+        "target_modules": ALL, "use_rslora": True, "rank_pattern": {"layers.1.*q_proj": 7}}),
+    "dora, with biases in the base": ("llama", {"target_modules": ALL, "use_dora": True}),
+    "low-rank bias": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "trained bias": ("llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    "whole head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "dora on an embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "tied, embedding": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "tied, head": ("qwen2", {"target_modules": ["lm_head"]}),
+    "scaled embedding": ("gemma2", {"target_modules": ["embed_tokens"]}),
+    "scaled embedding, dora": ("gemma2", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]}),
+    "tokens, tied": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "Conv1D, dora": ("gpt2", {
+        "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "experts": ("qwen3_moe", {
+        "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj",
+                                                            "mlp.experts.down_proj"]}),
+}  # fmt: skip
+
+
+def fingerprint(model):
+    """Of every parameter and buffer: name, identity, bytes; and of every hook."""
+    found = hashlib.sha256()
+    for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        found.update(f"{name} {id(t)} {t.data_ptr()}".encode())
+        found.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return found.hexdigest(), hooks
+
+
+def close(found, wanted, tolerance=1e-5):
+    return np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("case", CASES)
+def test_computes_what_peft_computes(fusing, bases, tmp_path, case, fused):
+    name, config = CASES[case]
+    base = bases(name)
+    adapter = fusing.trained(base, tmp_path / "a", **config)
+    wanted = fusing.unfused(base, (adapter, 1.0))
+    model = fusing.loaded(base)
+    before, plain = fingerprint(model), fusing.logits(model)
+    with AdapterPool(model, base, fused=fused) as pool:
+        pool.load("a", adapter)
+        assert np.array_equal(fusing.logits(model), plain)
+        pool.activate("a")
+        found = fusing.logits(model)
+        assert close(found, wanted)
+        assert np.abs(plain - wanted).max() > 1000 * np.abs(found - wanted).max()
+        pool.deactivate()
+        assert np.array_equal(fusing.logits(model), plain)
+        pool.activate("a")
+    assert np.array_equal(fusing.logits(model), plain)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize(
+    "stack",
+    [
+        (("one", 0.5), ("two", -1.5)),
+        (("one", 0.5), ("dora", 1.0)),
+        (("dora", 1.0), ("one", 0.5)),
+        (("two", 2.0), ("norms", 1.0)),
+        (("one", 0.25), ("dora", 1.0), ("two", 3.0)),
+    ],
+)
+def test_stack_in_pefts_order(fusing, bases, adapters, stack, fused):
+    """DoRA multiplies what stands before it, as in PEFT's forward pass."""
+    base = bases("llama")
+    wanted = fusing.unfused(base, *((adapters[n], w) for n, w in stack))
+    model = fusing.loaded(base)
+    with AdapterPool(model, base, fused=fused) as pool:
+        for name in adapters:
+            pool.load(name, adapters[name])
+        pool.activate("two")  # of what was active before, nothing may be left
+        pool.activate(*stack)
+        assert close(fusing.logits(model), wanted)
+
+
+def test_unfused_touches_no_weight_of_a_plain_lora(fusing, bases, adapters):
+    model = fusing.loaded(bases("llama"))
+    before = fingerprint(model)[0]
+    with AdapterPool(model, bases("llama")) as pool:
+        pool.load("one", adapters["one"])
+        pool.load("dora", adapters["dora"])
+        pool.activate("one", "dora")
+        fusing.logits(model)
+        assert fingerprint(model)[0] == before
+        assert pool.exchanged_bytes == 0
+
+
+def test_fused_rounds_once_and_restores_half_precision(fusing, bases, adapters, tmp_path):
+    """W + dW in float32, rounded once; a subtraction would not give float16 weights back."""
+    model = fusing.loaded(bases("llama")).half()
+    before, layer = fingerprint(model), model.model.layers[1].self_attn.q_proj
+    weight = layer.weight.detach().double().numpy()
+    with AdapterPool(model, bases("llama"), fused=True) as pool:
+        pool.load("one", adapters["one"])
+        pool.activate("one")
+        a, b = fusing.factors(adapters["one"])["model.layers.1.self_attn.q_proj"]
+        exact = weight + 1.5 * b @ a
+        error = np.abs(layer.weight.detach().double().numpy() - exact)
+        assert (error <= 2.0**-11 * np.abs(exact) * 1.001 + 1e-7).all()
+        assert (layer.weight.detach().double().numpy() != weight).any()
+    assert fingerprint(model) == before
+
+
+def test_conv(tmp_path):
+    """A convolution with stride and padding, LoRA and DoRA, against PEFT on the same module."""
+    from peft import LoraConfig, get_peft_model
+
+    from loraduct.converters.pool_parts import Held, Low
+    from loraduct.converters.pool_torch import Torch, _lengths
+
+    for dora in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(5, 7, (3, 2), stride=2, padding=1))
+        x = torch.randn(2, 5, 9, 8)
+        base = net[0].weight.detach().clone()
+        config = LoraConfig(r=3, lora_alpha=6, target_modules=["0"], use_dora=dora)
+        peft = get_peft_model(net, config)
+        conv = peft.base_model.model[0]
+        with torch.no_grad():
+            conv.lora_B["default"].weight.normal_(0, 0.1)
+            if dora:
+                conv.lora_magnitude_vector["default"].weight.mul_(1.2)
+            wanted = peft(x)
+            a, b = conv.lora_A["default"].weight.clone(), conv.lora_B["default"].weight.clone()
+            plain = torch.nn.Sequential(conv.base_layer)
+            for fused in (False, True):
+                runtime = Torch(plain, fused)
+                low = Low(a, b, 2.0, "conv")
+                if dora:
+                    m = conv.lora_magnitude_vector["default"].weight.reshape(-1)
+                    low.factor = m / _lengths(plain[0], low, base)
+                runtime.show([(Held(tmp_path, 0, {"0": low}), 1.0)])
+                assert torch.allclose(plain(x), wanted, atol=1e-5)
+                runtime.show(())
+                assert torch.equal(plain[0].weight, base)
+
+
+@pytest.mark.parametrize(
+    ("stack", "what"),
+    [
+        ([("dora", 0.5)], "is DoRA.*weight other than 1 is not defined"),
+        ([("norms", 0.5)], "replaces this weight: weighted by 0.5"),
+        ([("norms", 1.0), ("norms2", 1.0)], "changed by another adapter too"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_changes(
+    fusing, bases, adapters, stack, what
+):
+    model = fusing.loaded(bases("llama"))
+    with AdapterPool(model, bases("llama")) as pool:
+        for name, path in {**adapters, "norms2": adapters["norms"]}.items():
+            pool.load(name, path)
+        pool.activate("one")
+        before = fusing.logits(model)
+        with pytest.raises(Refused, match=what) as caught:
+            pool.activate(*stack)
+        assert "\n" not in str(caught.value)
+        assert np.array_equal(fusing.logits(model), before)
+        assert pool.active == (("one", 1.0),)
+
+
+def test_another_base_is_refused(fusing, bases, adapters, tmp_path):
+    other = fusing.trained(bases("qwen2"), tmp_path / "a", target_modules=["up_proj"])
+    moe = fusing.trained(
+        bases("qwen3_moe"), tmp_path / "b", target_parameters=["mlp.experts.down_proj"]
+    )
+    model = fusing.loaded(bases("llama"))
+    before = fingerprint(model)
+    with AdapterPool(model, bases("llama")) as pool:
+        pool.load("a", other)  # a tiny qwen2 has the same up_proj: nothing tells them apart
+        for path in (moe, adapters["one"].parent / "none"):
+            with pytest.raises(LoraductError) as caught:
+                pool.load("b", path)
+            assert "\n" not in str(caught.value)
+    assert fingerprint(model) == before
+    # the folder is right, the live model isn't
+    narrow = fusing.loaded(bases("gpt2"))
+    with AdapterPool(narrow, bases("llama")) as pool, pytest.raises(Refused, match="no such place"):
+        pool.load("one", adapters["one"])
+
+
+def test_peft_model_is_refused(fusing, bases, adapters):
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(fusing.loaded(bases("llama")), adapters["one"])
+    with pytest.raises(LoraductError, match="give the base model itself"):
+        AdapterPool(model, bases("llama"))
+
+
+def test_every_format_on_one_model(cli, fusing, bases, adapters, tmp_path):
+    """PEFT's folder, the same as MLX, packed losslessly enough, and from a package."""
+    base = bases("llama")
+    made = {"peft": adapters["one"]}
+    mlx = tmp_path / "mlx"
+    done = cli("convert", adapters["one"], "--to", "mlx", "--base", base, "-o", mlx)
+    assert done.exit_code == 0, done.stderr
+    made["mlx"] = mlx
+    packed = tmp_path / "packed"
+    done = cli("compress", adapters["one"], "--quantize", "int8", "-o", packed)
+    assert done.exit_code == 0, done.stderr
+    made["packed"] = packed
+    model = fusing.loaded(base)
+    wanted = fusing.unfused(base, (adapters["one"], 1.0))
+    plain = fusing.logits(model)
+    with AdapterPool(model, base) as pool:
+        for name, path in made.items():
+            pool.load(name, path)
+            with pool.using(name):
+                found = fusing.logits(model)
+            bound = 1e-5 * np.abs(wanted).max()
+            if name == "packed":
+                bound = 0.05 * np.abs(wanted - plain).max()
+            assert np.abs(found - wanted).max() <= bound, name

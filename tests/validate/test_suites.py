@@ -1,0 +1,366 @@
+"""`validate`, whole: suites, gates, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import edited, failed, read
+
+Cli = Callable[..., Any]
+
+
+def weaker(world: Any, to: Path, factor: float) -> Path:
+    """B with the update of every module scaled."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name] * (factor if "lora_b" in name else 1)
+
+    return edited(world.mlx, to, edit)
+
+
+def losses(base: Path, adapter: Path | None, ids: list[list[int]]) -> list[Any]:
+    """Each token's loss after the first, by torch's own cross entropy on the stock models."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for one in ids:
+            row = torch.tensor([one])
+            logits = model(row).logits[0, :-1]
+            found.append(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").numpy())
+    return found
+
+
+def test_every_suite_is_named_and_what_did_not_run_has_a_reason(world: Any, cli: Cli) -> None:
+    d = read(cli("validate", world.peft, world.mlx, "--base", world.base, "--json"))
+    assert d["schema"] == 2
+    assert d["passed"]
+    ran = {"structure", "base", "parity", "size"}
+    assert {s["name"] for s in d["suites"] if s["status"] == "passed"} == ran
+    left = [s for s in d["suites"] if s["status"] == "skipped"]
+    assert [s["name"] for s in left] == ["quality", "latency", "swap"]
+    assert all(s["reason"] for s in left)
+    assert d["verdict"] == "passed; not run: quality, latency, swap"
+    assert d["inputs"]["a"]["format"] == "peft"
+    assert len(d["inputs"]["b"]["sha256"]) == 64
+    wanted = {"tool", "command", "created", "thresholds", "environment"}
+    assert wanted <= d.keys()
+    modules = d["by"]["parity"]["numbers"]["modules"]
+    assert len(modules) == 6
+    assert {m["kind"] for m in modules} == {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"}
+    assert all(m["rank"] == 4 and m["cosine"] == pytest.approx(1) for m in modules)
+    n = d["by"]["parity"]["numbers"]
+    assert max(n["per_position"]) == n["max_difference"]
+    assert max(max(row) for row in n["per_prompt"]) == n["max_difference"]
+
+
+def test_only_what_is_asked_for_runs(world: Any, cli: Cli) -> None:
+    d = read(cli("validate", world.peft, "--base", world.base, "--suite", "size", "--json"))
+    assert [s["name"] for s in d["suites"] if s["status"] == "passed"] == ["size"]
+    files = [world.peft / n for n in ("adapter_model.safetensors", "adapter_config.json")]
+    assert d["by"]["size"]["numbers"]["bytes"] == sum(f.stat().st_size for f in files)
+    account = d["by"]["size"]["numbers"]["account"]
+    assert sum(r["values"] for r in account) == 2 * 4 * ((64 + 64) + (64 + 32) + (96 + 64))
+
+
+@pytest.mark.parametrize("suite", ["quality", "parity"])
+def test_a_suite_asked_for_by_name_that_cant_run_has_failed(
+    world: Any, cli: Cli, suite: str
+) -> None:
+    result = cli("validate", world.peft, "--base", world.base, "--suite", suite, "--json")
+    assert result.exit_code == 3
+    assert read(result)["verdict"] == f"FAILED: {suite}"
+    unasked = read(cli("validate", world.peft, "--base", world.base, "--json"))
+    assert unasked["passed"]
+    assert unasked["by"][suite]["status"] == "skipped"
+
+
+def test_quality_is_what_torch_says(world: Any, cli: Cli) -> None:
+    words = ("validate", world.peft, world.mlx, "--base", world.base)
+    d = read(cli(*words, "--suite", "quality", "--text", world.text, "--json"))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    ids = [tokenizer(json.loads(r)["text"])["input_ids"] for r in world.text.open()]
+    bare, tuned = (np.concatenate(losses(world.base, a, ids)) for a in (None, world.peft))
+    n = d["by"]["quality"]["numbers"]
+    assert n["tokens"] == len(bare)
+    assert n["perplexities"]["base"] == pytest.approx(np.exp(bare.mean()), rel=1e-4)
+    assert n["perplexities"]["source"] == pytest.approx(np.exp(tuned.mean()), rel=1e-4)
+    assert n["gain"]["value"] == pytest.approx((bare - tuned).mean(), rel=1e-4)
+    assert n["gain_kept"]["value"] == pytest.approx(1, abs=1e-4)
+    assert n["gain_kept"]["low"] <= n["gain_kept"]["value"] <= n["gain_kept"]["high"]
+    assert n["greedy_agreement"] == 1.0
+
+
+def test_a_weaker_result_fails_the_gate(world: Any, cli: Cli, tmp_path: Path) -> None:
+    half = weaker(world, tmp_path / "half", 0.5)
+    words = ("validate", world.peft, half, "--base", world.base, "--suite", "quality")
+    result = cli(*words, "--text", world.text, "--json")
+    assert result.exit_code == 3
+    d = read(result)
+    assert d["by"]["quality"]["numbers"]["gain_kept"]["value"] < 0.9
+    assert any("min-gain-kept 0.95" in c["detail"] for c in failed(d))
+    low = d["by"]["quality"]["numbers"]["gain_kept"]["low"] - 0.01
+    gates = ("--min-gain-kept", low, "--min-greedy-agreement", 0.1)
+    assert cli(*words, "--text", world.text, *gates).exit_code == 0
+
+
+def test_a_gain_that_is_none_is_no_gain_kept(world: Any, cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "t.jsonl"
+    rng = np.random.default_rng(0)
+    rows = ["".join(map(chr, rng.integers(33, 126, 40))) for _ in range(8)]
+    text.write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
+    words = ("validate", world.peft, world.mlx, "--base", world.base, "--text", text, "--json")
+    d = read(cli(*words, "--suite", "quality"))
+    assert "can't be told" in d["verdict"]
+    assert "gain_kept" not in d["by"]["quality"]["numbers"]
+    strict = cli(*words, "--suite", "quality", "--min-gain-kept", "0.5")
+    assert strict.exit_code == 3
+
+
+def test_no_seed_flips_the_verdict() -> None:
+    """Texts of very different gains: the ends of the interval move by less than a hundredth."""
+    from loraduct.validation.quality import intervals
+
+    rng = np.random.default_rng(5)
+    base = rng.uniform(50, 150, 24)
+    source = base - rng.gamma(2.0, 8.0, 24)
+    result = base - (base - source) * rng.normal(0.97, 0.08, 24)
+    ends = []
+    for seed in range(12):
+        _, kept = intervals(base, source, result, seed)
+        assert kept is not None
+        ends.append((kept["low"], kept["high"]))
+    low, high = np.array(ends).T
+    assert np.ptp(low) < 0.01
+    assert np.ptp(high) < 0.01
+    gain, kept = intervals(base, source, base - 0.5 * (base - source))
+    assert kept is not None
+    assert [kept[k] for k in ("value", "low", "high")] == pytest.approx([0.5] * 3)
+    assert gain["value"] == pytest.approx((base - source).sum())
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """Of many samples of texts, about 95 % of the intervals hold the true share."""
+    from loraduct.validation.quality import intervals
+
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(120):
+        gains = rng.gamma(4.0, 5.0, 60)
+        kept = gains * 0.9 + rng.normal(0, 2, 60)
+        _, found = intervals(gains, np.zeros(60), gains - kept)
+        assert found is not None
+        hits += found["low"] <= 0.9 <= found["high"]
+    assert 0.88 <= hits / 120 <= 1.0
+
+
+def test_loss_counts_on_answers_alone(world: Any, cli: Cli, tmp_path: Path) -> None:
+    """Chat through the template, and prompt with completion, which is the same chat."""
+    text = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "the tall"}, {"role": "assistant", "content": "trees"}]
+    text.write_text(
+        json.dumps({"messages": turns}) + "\n"
+        + json.dumps({"prompt": "the tall", "completion": "trees"}) + "\n"
+    )  # fmt: skip
+    words = ("validate", world.peft, world.mlx, "--base", world.base, "--suite", "quality")
+    n = read(cli(*words, "--text", text, "--json"))["by"]["quality"]["numbers"]
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(world.base)("<u>the tall\n<a>trees\n")["input_ids"]
+    scored = losses(world.base, None, [ids])[0][-6:]  # "trees" and the newline, a byte each
+    assert n["tokens"] == 12
+    for row in n["texts"]:
+        assert row["base"] == pytest.approx(np.exp(scored.mean()), rel=1e-4)
+
+
+def test_long_texts_are_cut_and_said(world: Any, cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("\n\n".join(["the old river by the trees " * 6, "short one here", "x" * 20]))
+    words = ("validate", world.peft, "--base", world.base, "--suite", "quality", "--text", text)
+    d = read(cli(*words, "--json"))
+    said = [c["detail"] for c in d["by"]["quality"]["checks"] if c["name"] == "text"]
+    assert said == ["1 of 3 texts were cut to 96 tokens, the most that is run"]
+    assert d["by"]["quality"]["numbers"]["tokens"] == 95 + 13 + 19
+    d = read(cli(*words, "--text-tokens", 100, "--json"))
+    said = [c["detail"] for c in d["by"]["quality"]["checks"] if c["name"] == "text"]
+    assert said[-1] == "the first 2 of 3 texts were used (--text-tokens 100)"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.jsonl", "", "holds no text"),
+        ("t.txt", "\n\n \n", "holds no text"),
+        ("t.jsonl", '{"text": ""}', "line 1 has an empty text"),
+        ("t.jsonl", '{"prompt": "a"}', "line 1 is not an object with text"),
+        ("t.jsonl", '{"text": "fine"}\n[1]', "line 2 is not a JSON object"),
+        ("t.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "the last one the assistant's"),
+        ("t.jsonl", '{"prompt": "' + "x" * 200 + '", "completion": "y"}', "none is left to score"),
+        ("t.txt", "x", "none is left to score"),
+    ],
+)  # fmt: skip
+def test_bad_texts_are_refused(
+    world: Any, cli: Cli, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    text = tmp_path / name
+    text.write_text(content)
+    result = cli("validate", world.peft, "--base", world.base, "--text", text)
+    assert result.exit_code == 1, result.output
+    assert f"{text}: " in result.stderr
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_prompts_beyond_the_context_are_refused(world: Any, cli: Cli, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("short\n" + "x" * 90 + "\n")
+    words = ("validate", world.peft, world.mlx, "--base", world.base, "--prompts", prompts)
+    result = cli(*words)
+    assert result.exit_code == 1
+    assert f"{prompts}: prompt 2 has 90 tokens, and the context is 96" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tolerance", "5%"], "tolerance says how far behind regress-from"),
+        (["--suite", "size", "--min-gain-kept", "0.9"], "needs the suite quality"),
+        (["--max-size", "10MB", "--max-memory", "1MB"], "contradict each other"),
+        (["--max-size", "much"], "--max-size is 'much'"),
+        (["--min-gain-kept", "1.5"], "--min-gain-kept is '1.5'"),
+        (["--max-ms-per-prompt-token", "-1"], "expected a number above 0"),
+        (["--regress-from", "nosuch.json"], "nosuch.json"),
+        (["--suite", "size", "--beside", "x"], "--beside is for the suite swap"),
+    ],
+)
+def test_contradictory_and_odd_gates_are_refused(
+    world: Any, cli: Cli, words: list[str], said: str
+) -> None:
+    result = cli("validate", world.peft, "--base", world.base, *words)
+    assert result.exit_code == 1, result.output
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_gates_from_a_file(
+    world: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("validate", world.peft, "--base", world.base, "--suite", "size")
+    config = tmp_path / "loraduct.toml"
+    config.write_text('[validate]\nmax-size = "100B"\n')
+    assert cli(*words).exit_code == 0
+    result = cli(*words, "--config", config)
+    assert result.exit_code == 3
+    assert "max-size 100 B: bytes is" in result.stdout
+    assert cli(*words, "--config", config, "--max-size", "1GB").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli(*words).exit_code == 3
+    for text, said in (
+        ("[validate]\nmax-sise = 1\n", "unknown max_sise"),
+        ("[validate]\nmax-size = true\n", "max-size is True"),
+        ("validate = 3\n", "validate is not a table"),
+        ("[validate\n", "is not TOML"),
+    ):
+        config.write_text(text)
+        result = cli(*words)
+        assert result.exit_code == 1, text
+        assert said in result.stderr
+
+
+def test_a_gate_that_was_not_measured_fails(world: Any, cli: Cli) -> None:
+    words = ("validate", world.peft, "--base", world.base, "--min-gain-kept", "0.5", "--json")
+    result = cli(*words)
+    assert result.exit_code == 3
+    assert "was not measured: no text" in failed(read(result))[0]["detail"]
+
+
+def test_regressions(world: Any, cli: Cli, tmp_path: Path) -> None:
+    words = ("validate", world.peft, "--base", world.base, "--suite", "size", "--json")
+    old = json.loads(cli(*words).stdout)
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old))
+    assert cli(*words, "--regress-from", file).exit_code == 0
+    (size,) = (s for s in old["suites"] if s["name"] == "size")
+    size["numbers"]["bytes"] = int(size["numbers"]["bytes"] / 1.1)
+    file.write_text(json.dumps(old))
+    result = cli(*words, "--regress-from", file)
+    assert result.exit_code == 3
+    assert failed(read(result))[0]["name"] == "regression"
+    assert cli(*words, "--regress-from", file, "--tolerance", "12%").exit_code == 0
+    for content, said in (
+        (json.dumps(old | {"schema": 1}), "has schema 1, expected 2; run validate --json again"),
+        ("{}", "is no document of loraduct validate --json"),
+        ("no", "is not JSON"),
+        (json.dumps(old | {"suites": []}), "no number that was measured now"),
+    ):
+        file.write_text(content)
+        result = cli(*words, "--regress-from", file)
+        assert result.exit_code == 1, said
+        assert said in result.stderr
+
+
+def test_files_for_other_tools(world: Any, cli: Cli, tmp_path: Path) -> None:
+    wrong = weaker(world, tmp_path / "a_`|<b>", 0.5)
+    files = ("--junit", tmp_path / "r.xml", "--markdown", tmp_path / "r.md")
+    result = cli("validate", world.peft, wrong, "--base", world.base, *files, "--json")
+    assert result.exit_code == 3
+    d = read(result)
+    root = ElementTree.parse(tmp_path / "r.xml").getroot()
+    assert [s.get("name") for s in root] == [s["name"] for s in d["suites"]]
+    assert int(root.get("failures", 0)) == len(failed(d)) > 0
+    assert len(list(root.iter("failure"))) == len(failed(d))
+    assert int(root.get("skipped", 0)) == len(list(root.iter("skipped"))) > 0
+    text = (tmp_path / "r.md").read_text()
+    assert "FAILED: parity" in text
+    assert "<b>" not in text.replace("`" + printable_path(wrong) + "`", "")
+    assert failed(d)[0]["module"] in text
+
+
+def printable_path(path: Path) -> str:
+    """As it stands in code."""
+    return str(path).replace("`", "'").replace("|", "\\|")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="draws with matplotlib")
+def test_html(world: Any, cli: Cli, tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    result = cli("validate", world.peft, world.mlx, "--base", world.base, "--html", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert text.startswith("<!doctype html>")
+    assert "model.layers.1.mlp.down_proj" in text
+
+
+def test_models_are_loaded_once(world: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraduct.validation import runtimes
+
+    calls = []
+    for name in ("_torch", "_mlx"):
+        kept = getattr(runtimes, name)
+        monkeypatch.setattr(
+            runtimes, name, lambda b, a, kept=kept, name=name: (calls.append((name, a)), kept(b, a))[1]
+        )
+    words = ("validate", world.peft, world.mlx, "--base", world.base, "--text", world.text)
+    assert cli(*words).exit_code == 0
+    assert sorted((n, a is None) for n, a in calls) == [
+        ("_mlx", False), ("_mlx", True), ("_torch", False), ("_torch", True),
+    ]  # fmt: skip
