@@ -17,7 +17,7 @@ LIST := $(shell find $(FOLDERS) -name '*.py' -o -name '*.json' | sort | cksum | 
 PACKAGES := $(VENV)/.packages
 LINKED := $(VENV)/.linked-$(LIST)
 
-.PHONY: demo test heavy check format bench clean setup
+.PHONY: demo test heavy check format bench screenshots clean setup
 
 demo: setup
 	@$(BIN)/python examples/demo.py
@@ -41,6 +41,9 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/run.py
 
+screenshots: setup
+	$(BIN)/python scripts/screenshots.py
+
 clean:
 	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -51,7 +54,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)" >&2
 	@$(PIP) setuptools
-	@$(PIP) --no-build-isolation -e '.[torch,mlx,coreml,test,check]' --config-settings editable_mode=strict
+	@$(PIP) --no-build-isolation -e '.[torch,mlx,coreml,report,test,check]' --config-settings editable_mode=strict
 	@rm -f $(VENV)/.linked-*; touch $@
 
 $(LINKED): $(PACKAGES)

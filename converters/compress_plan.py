@@ -116,10 +116,11 @@ def candidates(wanted: Wanted, form: str) -> list[Way]:
     """What a budget chooses among: all widths, and with a calibration how many rows share a table."""
     if form == OLD:
         return [Way("lut", width) for width in widths(form)]
-    groups: tuple[int, ...] = (wanted.group_size or 0,)
-    if wanted.group_size is None and wanted.calibration is not None:
-        groups = GROUPS
-    return [Way("lut", b, g, wanted.per_channel_scale) for g in groups for b in widths(form)]
+    scaled, known = wanted.per_channel_scale, widths(form)
+    if wanted.group_size is not None or wanted.calibration is None:
+        return [Way("lut", b, wanted.group_size or 0, scaled) for b in known]
+    # tables of more entries than that take more than they save
+    return [Way("lut", b, g, scaled) for g in GROUPS for b in known if not g or 1 << b <= 16 * g]
 
 
 def budgeted(weights: Sequence[Weight], wanted: Wanted, form: str, read: Read, rest: int) -> Plan:

@@ -151,9 +151,7 @@ def _row(
 def planned(held: Sequence[Weight], plan: Plan, form: str) -> list[Row]:
     """What would become of each tensor, with the errors that were estimated."""
     errors = {
-        at: plan.errors[at][way]
-        for at, way in plan.ways.items()
-        if way in plan.errors.get(at, ())
+        at: plan.errors[at][way] for at, way in plan.ways.items() if way in plan.errors.get(at, ())
     }
     return [_row(w, plan, form, errors, plan.norms) for w in held]
 

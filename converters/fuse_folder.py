@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from loraduct.text import printable
 
 KIN = 0.8  # correlation of samples from which a packed base may be a copy: 2 bits came to 0.89
 EXACT = "base_sha256"  # key of an adapter's metadata: the fingerprint of the base it is for
+# what --remedy auto tries besides; rescaling costs ten times as long, and keeps less
+COMPARED = ("compensate", "bits")
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -59,6 +61,17 @@ class Plan:
         """Of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
 
+    @property
+    def before(self) -> int:
+        """Of the base's tensors."""
+        return sum(t.nbytes for t in self.base.tensors.values())
+
+    @property
+    def side(self) -> int:
+        """Of the adapters as they are, beside the base."""
+        updates = (u for a, _ in self.adapters for u in a.updates.values())
+        return sum(o.stored_nbytes for u in updates for t in u.tensors for o in t.origins)
+
 
 def check_base(base: Base) -> None:
     """Refuse a base that can't be fused into, with the way out."""
@@ -84,7 +97,10 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
     if held and options.dtype != "keep":
         what = "is packed: its dtype is kept; unpack it first (mlx_lm.convert --dequantize)"
         raise Refused(base.path / "config.json", f"{what} to use --dtype")
-    notes = [kinship(a, base, held, options.allow_kin) for a, _ in adapters]
+    notes = [
+        kinship(a, base, _kin_of(base, held), options.allow_kin, partial(fingerprint, base))
+        for a, _ in adapters
+    ]
     given = [(neutral(a, base), weight) for a, weight in adapters]
     given, head, config, added = _heads(base, given)
     if head is not None:
@@ -208,20 +224,25 @@ def _widened_config(config: Mapping[str, Any], held: Mapping[str, Module]) -> di
     return {**config, **{k: {**config[k], **own} for k in fields}}
 
 
-def kinship(adapter: Adapter, base: Base, held: Mapping[str, Module], allowed: bool) -> str:
+def kinship(
+    adapter: Adapter,
+    base: Base,
+    kin: str | None,
+    allowed: bool,
+    exact: Callable[[], str] | None = None,
+) -> str:
     """What is known of whether ``base`` is the adapter's own, as a note.
 
-    Raises Refused where it is known to be another copy of it (in another precision) and nobody
-    allowed that.
+    ``kin``: its sample of weights; ``exact``: its fingerprint, where it can have one. Raises Refused
+    where it is known to be another copy of it (in another precision) and nobody allowed that.
     """
     recorded, name = adapter.metadata.get(EXACT), printable(adapter.path.name, 80)
-    if recorded is not None:
-        if recorded == fingerprint(base):
+    if recorded is not None and exact is not None:
+        if recorded == exact():
             return f"{name}: the base is byte for byte the one it was made for"
         return _kin(
             adapter, base, "its bytes are not those of the base the adapter records", allowed
         )
-    kin = base.kin if base.quantization is None else _unpacked(base, held).kin
     if adapter.base.kin is None or kin is None:
         known = "modules and shapes fit"
     elif adapter.base.kin != kin:
@@ -241,6 +262,22 @@ def _kin(adapter: Adapter, base: Base, what: str, allowed: bool) -> str:
         return f"{printable(adapter.path.name, 80)}: taken for a copy of its base (--allow-kin): {what}"
     way = "fuse into that base, or use --allow-kin if this is a copy of it in another precision"
     raise Refused(base.path, f"is not the base of {adapter.path}: {what}; {way}")
+
+
+def _kin_of(base: Base, held: Mapping[str, Module]) -> str | None:
+    return (
+        base.kin
+        if base.quantization is None
+        else _once(base, "unpacked_kin", lambda: _unpacked(base, held).kin)
+    )
+
+
+def _once(base: Base, key: str, make: Callable[[], Any]) -> Any:
+    """Made once for each base, as its cached properties are: several plans may ask."""
+    held = base.__dict__
+    if key not in held:
+        held[key] = make()
+    return held[key]
 
 
 def _unpacked(base: Base, held: Mapping[str, Module]) -> Base:
@@ -263,7 +300,11 @@ def _whole(m: Module) -> Any:
 
 
 def fingerprint(base: Base) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of all tensors, by name."""
+    """sha256 over the names, shapes, dtypes and bytes of all tensors, by name; worked out once."""
+    return str(_once(base, "fingerprint", partial(_digest, base)))
+
+
+def _digest(base: Base) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(base.tensors.items()):
         digest.update(f"{name} {tensor.stored_dtype} {list(tensor.stored_shape)}\n".encode())

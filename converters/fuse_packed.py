@@ -15,7 +15,7 @@ weight is, is rounded off. The remedies differ in how the sum is packed:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -34,8 +34,8 @@ from loraduct.text import printable
 
 REMEDIES = ("none", "rescale", "compensate", "bits")
 WIDE = 8  # bits of layers that get more
-_KEEP = 0.1  # what error in a direction that A does not read counts, against one that it reads
-_MOVES = 24  # steps per row, at most
+KEEP = 0.1  # what error in a direction that A does not read counts, against one that it reads
+MOVES = 24  # steps per row, at most
 
 
 @dataclass(frozen=True)
@@ -111,22 +111,34 @@ def shapes(base: Base, held: Mapping[str, Module]) -> dict[str, tuple[int, ...]]
 
 def widened(held: Mapping[str, Module], places: Placed, room: int) -> dict[str, Module]:
     """``held`` with WIDE bits for the modules whose dW is largest for its bytes, within ``room``."""
-    gains = []
-    for name, m in held.items():
-        more = prod(m.shape) * (WIDE - m.now.bits) // 8
-        if f"{name}.weight" in places.updates and more > 0:
-            gains.append((_size(places.updates[f"{name}.weight"]) / more, more, name))
-    done = dict(held)
-    for _, more, name in sorted(gains, key=lambda g: (-g[0], g[2])):
-        if more <= room:
-            m, room = held[name], room - more
-            done[name] = Module(
-                m.name, m.weight, m.scales, m.biases, m.now, Setting(WIDE, m.now.group)
-            )
+    more = {f"{n}.weight": prod(m.shape) * (WIDE - m.now.bits) // 8 for n, m in held.items()}
+    chosen = hurt(more, places, room)
+    return {
+        n: replace(m, then=Setting(WIDE, m.now.group)) if f"{n}.weight" in chosen else m
+        for n, m in held.items()
+    }
+
+
+def hurt(more: Mapping[str, int], places: Placed, room: int) -> set[str]:
+    """The parameters to get more bits: largest ||dW||^2 for its bytes first, within ``room``.
+
+    ``more``: by parameter the bytes that they cost; those without an update, or that cost nothing, get
+    none.
+    """
+    gains = [
+        (size_of(places.updates[n]) / cost, cost, n)
+        for n, cost in more.items()
+        if n in places.updates and cost > 0
+    ]
+    done = set()
+    for _, cost, name in sorted(gains, key=lambda g: (-g[0], g[2])):
+        if cost <= room:
+            done.add(name)
+            room -= cost
     return done
 
 
-def _size(updates: Sequence[Update]) -> float:
+def size_of(updates: Sequence[Update]) -> float:
     """||dW||^2 of the low-rank parts, from the Gram matrices of their factors."""
     total = 0.0
     for u, weight in updates:
@@ -238,7 +250,7 @@ def _reads(u: LowRank) -> Any:
 
 def _compensated(s: Any, b: Any, block: Any, read: Any, m: Module) -> tuple[Any, Any, Any]:
     """(words, scales, biases): the base's own steps, on which its weights lie already, and codes
-    moved by single steps while that lessens ||E V||^2 + _KEEP ||E||^2, row by row.
+    moved by single steps while that lessens ||E V||^2 + KEEP ||E||^2, row by row.
 
     E is the error (rows, in) of what is packed, V the basis ``read``. The best step of each row is
     taken at once; a row is done when none helps.
@@ -252,11 +264,11 @@ def _compensated(s: Any, b: Any, block: Any, read: Any, m: Module) -> tuple[Any,
     codes = np.clip(np.rint((block - low) / divisor), 0, top)
     error = codes * step + low - block
     along = error @ read
-    weight = (np.einsum("ij,ij->i", read, read) + np.float32(_KEEP)) * step * step
+    weight = (np.einsum("ij,ij->i", read, read) + np.float32(KEEP)) * step * step
     alive = np.arange(rows)
-    for _ in range(_MOVES):
+    for _ in range(MOVES):
         pull = along[alive] @ read.T
-        pull += np.float32(_KEEP) * error[alive]
+        pull += np.float32(KEEP) * error[alive]
         pull *= step[alive]
         there = codes[alive]
         pull[((pull > 0) & (there <= 0)) | ((pull < 0) & (there >= top))] = 0

@@ -127,7 +127,7 @@ class AdapterPool:
         """
         with self._state:
             self._open()
-            if name in self._coming:
+            if name in self._coming and not self._coming[name].done():
                 return self._coming[name]
             entry = self._entries.get(name)
             if entry is not None and (entry.held is not None or path is None):

@@ -214,12 +214,12 @@ def test_rounding_of_a_saved_module(
 
 
 def test_top1_compares_where_the_bound_leaves_no_doubt() -> None:
-    from loraduct.validation.parity import _top1
+    from loraduct.validation.logits import top1
 
     x, swapped = np.array([[0.0, 1.0, 3.0]]), np.array([[0.0, 3.0, 1.0]])
-    assert _top1([(x, swapped)], 0.1) == (0.0, 1)
-    assert _top1([(x, x)], 0.1) == (1.0, 1)
-    assert _top1([(x, swapped)], 1.0) == (None, 0)
+    assert top1([(x, swapped)], 0.1) == (0.0, 1)
+    assert top1([(x, x)], 0.1) == (1.0, 1)
+    assert top1([(x, swapped)], 1.0) == (None, 0)
 
 
 def test_no_decided_position_is_skipped_not_passed(
@@ -274,7 +274,7 @@ def test_dora_on_a_packed_base_is_compared_by_its_parts(
     d = proof(source, changed(source, tmp_path / "near", cast(to=torch.bfloat16)), base=base)
     assert "dW was not compared" in d["by"]["dW", "skipped"]["detail"]
     assert next(m for m in d["parity"]["modules"] if m["fits"] is None)["error"] is None
-    assert d["verdict"] == "FAILED" or "dW was not compared" in d["verdict"]
+    assert d["verdict"].startswith("FAILED") or "dW was not compared" in d["verdict"]
 
 
 def test_a_packed_base_computes_in_float32(

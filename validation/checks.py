@@ -1,4 +1,4 @@
-"""One check of a validation, and the verdict over many."""
+"""One check of a validation."""
 
 from __future__ import annotations
 
@@ -36,11 +36,3 @@ class Check:
 def passed(checks: Sequence[Check]) -> bool:
     """Whether nothing failed."""
     return all(c.status != "failed" for c in checks)
-
-
-def verdict(checks: Sequence[Check]) -> str:
-    """The last line: what was not compared must not hide behind "passed"."""
-    if not passed(checks):
-        return "FAILED"
-    left = dict.fromkeys(c.detail for c in checks if c.status == "skipped")
-    return "passed" + "".join(f", but {printable(detail, 500)}" for detail in left)

@@ -1,4 +1,7 @@
-"""What is left of an adapter's effect on the logits in another form of it."""
+"""What is left of an adapter's effect on the logits in another form of it.
+
+Of each position the mean over the vocabulary is taken off first: softmax does not see it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class Effect:
     def _of(self, path: Path) -> list[Any]:
         adapter = read(path, self.options)
         with_it = runtimes.run(self.runtime, self.base, adapter, self.ids, 0).logits
-        return [x.astype("float64") - y for x, y in zip(with_it, self.alone, strict=True)]
+        moved = [x.astype("float64") - y for x, y in zip(with_it, self.alone, strict=True)]
+        return [m - m.mean(-1, keepdims=True) for m in moved]
 
     def cosine(self, path: Path) -> float:
         """Of the effect of the adapter in ``path`` with the first one's, over all positions."""

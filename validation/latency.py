@@ -281,6 +281,7 @@ def _cpu() -> str:
 # -- the suite of ``loraduct validate`` -------------------------------------------------------------
 
 CONTEXT, GENERATE, SUITE_ROUNDS = 128, 16, 2
+SLOW_CONTEXT, SLOW_GENERATE = 32, 4  # where MLX has only its CPU backend, a second for ten tokens
 
 
 def run(context: Context) -> Suite:
@@ -293,14 +294,15 @@ def run(context: Context) -> Suite:
 
     if "latency" not in context.wanted and not context.given & gates.FIELDS.keys():
         raise suites.CannotRun("takes a while: ask for it with --suite latency, or set a gate")
-    tokens = int(context.options.get("context", CONTEXT))
-    generate = int(context.options.get("generate", GENERATE))
     targets, checks = [], []
     for label, adapter in zip("AB", context.adapters, strict=False):
         try:
             targets.append(latency_targets.of_adapter(adapter, context.base, str(adapter.path)))
         except Refused as e:
             checks.append(Check("latency", "skipped", str(e), None, label))
+    slow = platform.system() != "Darwin" and any(t.runtime == "mlx" for t in targets)
+    tokens = int(context.options.get("context") or (SLOW_CONTEXT if slow else CONTEXT))
+    generate = int(context.options.get("generate") or (SLOW_GENERATE if slow else GENERATE))
     done: list[Measured] = []
     ratios: list[Ratio] = []
     if targets:

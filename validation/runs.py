@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from loraduct.validation import runtimes, texts
 from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Loaded, Run
 
 MOST_TOKENS = 1024  # of a text: what is longer is cut
-TEXT_TOKENS = 4096  # of all texts
+TEXT_TOKENS = 512  # of all texts
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -62,7 +62,9 @@ class Runs:
         self.base, self.prompts, self.file = base, prompts, file
         self.text, self.rows, self.most, self.adapters = text, rows, most, adapters
         self.progress = progress
-        self._done: dict[object, tuple[Adapter, Done]] = {}  # the adapter is held: its id is the key
+        self._done: dict[
+            object, tuple[Adapter, Done]
+        ] = {}  # the adapter is held: its id is the key
 
     @cached_property
     def _tokens(self) -> tuple[list[list[int]], Any]:
@@ -118,17 +120,20 @@ class Runs:
             what = "the base" if bare else str(adapter.path)
             self.progress(f"running {what} in {'the interpreter' if package else kind}")
             given = None if bare else adapter
+            # of the bare bases, quality asks A's alone
+            scores = not bare or not self.adapters or adapter is self.adapters[0]
+            work = partial(self._work, scores=scores)
             if package is not None:
-                done = runtimes.use_package(package, given.name if given else None, self._work)[0]
+                done = runtimes.use_package(package, given.name if given else None, work)[0]
             else:
-                done = runtimes.use(kind, self.base, given, self._work)
+                done = runtimes.use(kind, self.base, given, work)
             self._done[key] = adapter, done
         return self._done[key][1]
 
-    def _work(self, model: Loaded) -> Done:
+    def _work(self, model: Loaded, *, scores: bool) -> Done:
         """All that is asked of a loaded model."""
         run = Run([model.logits(i) for i in self.ids], model.greedy(self.ids[0], NEW_TOKENS))
-        return Done(run, [_score(model, text) for text in self.texts[0]])
+        return Done(run, [_score(model, t) for t in (self.texts[0] if scores else ())])
 
 
 def _score(model: Loaded, text: texts.Text) -> Scored:

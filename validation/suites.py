@@ -38,7 +38,7 @@ SUITES = {
 STATIC = ("structure", "base", "size")  # need no runtime, and run on what is broken too
 MUST_HOLD = ("structure", "base")  # before anything is run
 BROKEN = "the structure is broken"
-NO_OTHERS = "no other adapters: --beside ADAPTER, or --suite swap"
+NO_OTHERS = "takes a while: --suite swap, or more adapters with --beside ADAPTER"
 
 
 class CannotRun(LoraductError):
@@ -141,7 +141,7 @@ def verdict(found: Sequence[Suite]) -> str:
         return f"FAILED: {', '.join(failed)}"
     if not any(s.status == "passed" for s in found):
         return "FAILED: nothing was run"
-    checks = [c for s in found if s.status == "passed" for c in s.checks]
+    checks = [c for s in found for c in s.checks]
     left = dict.fromkeys(c.detail for c in checks if c.status == "skipped")
     words = "passed" + "".join(f", but {printable(detail, 500)}" for detail in left)
     skipped = [s.name for s in found if s.status == "skipped"]

@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from loraduct.adapter import LowRank
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
+from loraduct.formats.coded import Code
+from loraduct.formats.coreml.coded import code_in
+from loraduct.formats.coreml.constexpr import is_compressed
+from loraduct.formats.coreml.program import mangled
+from loraduct.formats.coreml.stored import PackageBase
 from loraduct.tensor import FLOATS, Tensor, as_float32
 
 _NUMBERS = 1 << 20  # of a weight, at once
@@ -131,10 +137,19 @@ class _Stored:
             self.shape = (*weight.shape[:-1], weight.shape[-1] * 32 // self.bits)
         elif weight.stored_dtype not in FLOATS:
             raise Refused(base.path, f"is stored as {weight.stored_dtype}", tensor=name)
+        self.code = _code(base, weight) if isinstance(base, PackageBase) else None
+        if self.code is not None:
+            self.packed, self.bits = True, self.code.bits
         self.width = self.shape[-1]
         if conv:  # all that makes one output
             self.width = math.prod(self.shape[1:])
         self.height = math.prod(self.shape) // self.width
+
+    @cached_property
+    def values(self) -> Any:
+        """What a code stands for, float16."""
+        assert self.code is not None
+        return self.code.values()
 
     def rows(self) -> Iterator[tuple[int, Any, Any]]:
         """(first row, values (rows, width), codes or None), in order."""
@@ -145,6 +160,8 @@ class _Stored:
     def _read(self, first: int, last: int) -> tuple[Any, Any]:
         import numpy as np
 
+        if self.code is not None:
+            return self.values[first:last].astype(np.float64), self.code.codes[first:last]
         if not self.packed:
             raw = _flat(self.weight, first, last, self.width)
             return as_float32(raw, self.weight.dtype).astype(np.float64), None
@@ -162,6 +179,20 @@ class _Stored:
         )
         values = codes.reshape(-1, self.group) * s + b
         return values.reshape(last - first, self.width), codes
+
+
+def _code(base: PackageBase, weight: Tensor) -> Code | None:
+    """Of a compressed weight of a package; None for another. Raises Refused for a form of others."""
+    by_name = base.ops.by_name
+    op = by_name[mangled(weight.name)]
+    if not is_compressed(op):
+        return None
+    code = code_in(base.package, op, by_name)
+    if code is None:
+        raise Refused(
+            base.path, f"is compressed as {op.type}, which is not compared", tensor=weight.name
+        )
+    return code
 
 
 def _flat(tensor: Tensor, first: int, last: int, width: int) -> Any:

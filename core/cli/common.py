@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +51,23 @@ def reading_options(command: F) -> F:
     for option in reversed(_READING):
         command = option(command)
     return command
+
+
+def weighted(spec: str) -> tuple[str, float]:
+    """ADAPTER[:WEIGHT] -> (adapter, weight). Raises UsageError for a weight that is not finite.
+
+    What follows a colon and is no number belongs to the adapter (PACKAGE:NAME).
+    """
+    source, _, text = spec.rpartition(":")
+    if os.path.lexists(spec) or not source:
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        return spec, 1.0
+    if not math.isfinite(weight):
+        raise click.UsageError(f"{text} is no weight: a finite number is expected")
+    return source, weight
 
 
 def print_json(value: Any) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraduct.errors import GateFailed, MissingExtra
+from loraduct.errors import GateFailed, MissingExtra, Refused
 from loraduct.text import printable, size, table
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
     from loraduct.converters.fuse_folder import Plan
+    from loraduct.converters.fuse_package import Plan as PackagePlan
     from loraduct.formats.base import Base
     from loraduct.validation.survival import Effect, Survived
 
 LEAST = 0.8  # cosine of the effect from which an update counts as kept
 _WORST = 5  # modules that are named
 SIDE = "side path"
+_BESIDE = "loraduct_unfused"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Measured:
         return self.effect.cosine if self.effect else self.survived.cosine
 
 
+Logits = list[Any]  # (tokens, vocabulary) of each text
+
+
 class Judge:
-    """Runs the base and the base with its adapter once, and compares fused models with them."""
+    """Runs the base and the base with its adapters once, and compares fused models with them."""
 
     def __init__(
         self,
@@ -49,49 +55,106 @@ class Judge:
         *,
         needed: bool,
     ) -> None:
-        self.base, self.why, self.runs = base, "", None
-        adapter, weight = given[0]
-        if len(given) > 1 or weight != 1.0:
-            self.why = "the runtimes take one adapter of weight 1"
-        else:
-            try:
-                self.runs = _reference(base, adapter, texts)
-            except MissingExtra as e:
-                self.why = str(e)
+        self.base, self.why = base, ""
+        self.runs: tuple[Callable[[Path], Logits], Logits, Logits] | None = None
+        try:
+            self.runs = (_in_package if _is_package(base) else _in_folder)(base, given, texts)
+        except (MissingExtra, _Unmeasured) as e:
+            self.why = str(e)
         if needed and self.why:
             raise GateFailed(f"--min-effect: the effect can't be measured: {self.why}")
 
-    def measure(self, remedy: str, plan: Plan, folder: Path) -> Measured:
+    def measure(self, remedy: str, plan: Plan | PackagePlan, folder: Path) -> Measured:
         """What is left in the model in ``folder``."""
+        from loraduct.converters import fuse_package
         from loraduct.formats import base as base_folder
-        from loraduct.validation import runtimes, survival
+        from loraduct.validation import survival
 
-        after = base_folder.read(folder)
+        after = (fuse_package.opened if _is_package(self.base) else base_folder.read)(folder)
         survived = survival.survey(self.base, after, plan.places.updates)
         effect = None
         if self.runs is not None:
-            kind, ids, bare, unfused = self.runs
-            effect = survival.effect(bare, unfused, runtimes.run(kind, after, None, ids, 0).logits)
+            run, bare, unfused = self.runs
+            effect = survival.effect(bare, unfused, run(folder))
         return Measured(remedy, plan.nbytes, survived, effect, self.why)
 
 
-def _reference(
-    base: Base, adapter: Adapter, texts: list[str] | None
-) -> tuple[str, list[list[int]], list[Any], list[Any]]:
-    """(runtime, tokens, logits of the base, logits of the base with the adapter beside it)."""
+class _Unmeasured(Exception):
+    """Why the base with its adapters beside it can't be run."""
+
+
+def _is_package(base: Base) -> bool:
+    from loraduct.formats.coreml.stored import PackageBase
+
+    return isinstance(base, PackageBase)
+
+
+def _in_folder(
+    base: Base, given: Sequence[tuple[Adapter, float]], texts: list[str] | None
+) -> tuple[Callable[[Path], Logits], Logits, Logits]:
+    """(what runs a model's folder, logits of the base, of the base with the adapter beside it)."""
     from loraduct.converters.convert import Options, convert
+    from loraduct.formats import base as base_folder
     from loraduct.formats import folder, read
     from loraduct.validation import runtimes
 
+    adapter, weight = given[0]
+    if len(given) > 1 or weight != 1.0:
+        raise _Unmeasured("the runtimes take one adapter of weight 1")
     kind = "mlx" if base.quantization is not None else runtimes.RUNTIME[adapter.format]
     ids, _ = runtimes.tokenize(base, texts or runtimes.PROMPTS)
+
+    def run(path: Path) -> Logits:
+        return runtimes.run(kind, base_folder.read(path), None, ids, 0).logits
+
     bare = runtimes.run(kind, base, None, ids, 0).logits
     if runtimes.RUNTIME[adapter.format] == kind:
-        return kind, ids, bare, runtimes.run(kind, base, adapter, ids, 0).logits
+        return run, bare, runtimes.run(kind, base, adapter, ids, 0).logits
     with tempfile.TemporaryDirectory(prefix="loraduct-") as name:
         target = Path(name) / "adapter"
         folder.write(convert(adapter, Options(to="mlx", base=base)), target)
-        return kind, ids, bare, runtimes.run(kind, base, read(target), ids, 0).logits
+        return run, bare, runtimes.run(kind, base, read(target), ids, 0).logits
+
+
+def _in_package(
+    base: Base, given: Sequence[tuple[Adapter, float]], texts: list[str] | None
+) -> tuple[Callable[[Path], Logits], Logits, Logits]:
+    """The same of a package, in the interpreter; the adapters beside it are a function of a copy."""
+    from loraduct.converters.coreml import tokenizer_of
+    from loraduct.converters.package import Member, add
+    from loraduct.formats.base import Base as Folder
+    from loraduct.formats.coreml.package import read
+    from loraduct.validation import coreml, mil, runtimes
+
+    words = base.tensors["model.embed_tokens.weight"].shape[0]
+    tokenizer = Folder(tokenizer_of(base.path), {"vocab_size": words})
+    ids, _ = runtimes.tokenize(tokenizer, texts or runtimes.PROMPTS)
+
+    def run(path: Path, function: str | None = None) -> Logits:
+        session = coreml.session(read(path), function, precision=mil.FULL)
+        found = []
+        for tokens in ids:
+            session.start()
+            found.append(session.feed(tokens))
+        return found
+
+    with tempfile.TemporaryDirectory(prefix="loraduct-") as name:
+        copy = Path(name) / base.path.name
+        shutil.copytree(base.path, copy)
+        members = [Member(str(a.path), weight, a) for a, weight in given]
+        try:
+            add(copy, {_BESIDE: members})
+        except Refused as e:
+            raise _Unmeasured(f"the adapter can't be put beside the base: {e}") from None
+        return run, run(base.path, _base_of(base)), run(copy, _BESIDE)
+
+
+def _base_of(base: Any) -> str:
+    """The name by which the base of a package is run."""
+    from loraduct.validation import coreml
+
+    names = coreml.functions(base.package)
+    return next(n for n, members in names.items() if set(members.values()) <= set(base.functions))
 
 
 def chosen(found: Sequence[Measured], least: float | None) -> Measured:
@@ -116,18 +179,7 @@ def recommended(found: Sequence[Measured]) -> str:
     return best.remedy if best.kept >= LEAST else SIDE
 
 
-def side_bytes(plan: Plan) -> int:
-    """Of the adapters as they are."""
-    return sum(
-        t.stored_nbytes for a, _ in plan.adapters for u in a.updates.values() for t in _stored(u)
-    )
-
-
-def _stored(update: Any) -> list[Any]:
-    return [o for t in update.tensors for o in t.origins]
-
-
-def as_json(found: Sequence[Measured], plan: Plan) -> dict[str, Any]:
+def as_json(found: Sequence[Measured], plan: Plan | PackagePlan) -> dict[str, Any]:
     """For programs; the first is the one that was written."""
     if not found:
         return {}
@@ -138,7 +190,7 @@ def as_json(found: Sequence[Measured], plan: Plan) -> dict[str, Any]:
         "effect": first.effect.as_json() if first.effect else None,
         "effect_not_measured": first.why or None,
         "remedies": [_row(m) for m in found],
-        "side_path_bytes": side_bytes(plan),
+        "side_path_bytes": plan.side,
         "recommended": recommended(found),
     }
 
@@ -154,7 +206,7 @@ def _row(m: Measured) -> dict[str, Any]:
     }
 
 
-def lines(found: Sequence[Measured], plan: Plan, before: int) -> list[str]:
+def lines(found: Sequence[Measured], plan: Plan | PackagePlan, before: int) -> list[str]:
     """For people."""
     if not found:
         return []
@@ -162,7 +214,7 @@ def lines(found: Sequence[Measured], plan: Plan, before: int) -> list[str]:
     out = [f"  dW is {first.size:.2%} of the weights; of it survive (remedy {found[0].remedy}):"]
     heading = ["remedy", "bytes", "growth", "share of dW", "cosine", "codes", "effect", "KL"]
     rows = [heading, *(_cells(m, before) for m in found)]
-    more = side_bytes(plan)
+    more = plan.side
     rows.append([SIDE, size(before + more), f"{more / before:+.1%}", "1", "1", "0.0%", "1", "0"])
     out += table(rows, "    ")
     worst = sorted(first.modules, key=lambda m: m.share)[:_WORST]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+from loraduct.cli.common import (
+    PATH,
+    base_option,
+    json_option,
+    print_json,
+    reading_options,
+    weighted,
+)
 
 if TYPE_CHECKING:
     from loraduct.converters.package import Member, Report
@@ -210,22 +216,7 @@ def parsed(spec: str) -> tuple[str, list[Member]]:
     parts = [text] if os.path.lexists(text) else text.split("+")
     if not equals or not name or not all(parts):
         raise click.UsageError(f"{spec!r}: expected {_SPECS}")
-    members = []
-    for part in parts:
-        source, _, weight = part.rpartition(":")
-        value = None if os.path.lexists(part) or not source else _weight(weight)
-        members.append(Member(part) if value is None else Member(source, value))
-    return name, members
-
-
-def _weight(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    if not math.isfinite(value):
-        raise click.UsageError(f"{text} is no weight: a finite number is expected")
-    return value
+    return name, [Member(*weighted(part)) for part in parts]
 
 
 def _shapes(text: str | None) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from loraduct.cli.common import PATH, json_option, print_json, reading_options, strict
+from loraduct.cli.prompts import prompts_of
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
@@ -70,7 +71,7 @@ def _many(command: F) -> F:
 @click.option(
     "--text-tokens",
     type=click.IntRange(1),
-    default=4096,
+    default=512,
     show_default=True,
     help="How much of it, in tokens: whole texts from its start.",
 )
@@ -125,6 +126,7 @@ def command(
     from loraduct.validation.runs import Runs
 
     outputs = {k: more.pop(k) for k in ("junit", "markdown", "html")}
+    _check_outputs(outputs)
     flags = thresholds.from_flags(more)
     gates = {**thresholds.from_file(config), **flags}
     limits = thresholds.settled(gates, wanted)
@@ -136,7 +138,7 @@ def command(
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name, restore=False, base=model)
     table = _name_map(name_map)
     names = align.NameMap(name_map, table) if name_map and table is not None else None
-    said = _prompts(prompts) if prompts else list(runtimes.PROMPTS)
+    said = prompts_of(prompts) if prompts else list(runtimes.PROMPTS)
     rows = texts.objects(text) if text else []
     paths = [p for p in (first, second) if p is not None]
     adapters = _adapters(paths, options)
@@ -199,6 +201,19 @@ def _progress(what: str) -> None:
 
 def _silent(what: str) -> None:
     """Nobody is there to see it."""
+
+
+def _check_outputs(outputs: dict[str, Path | None]) -> None:
+    """Refuse now what could not be written after minutes of running."""
+    from loraduct.errors import Refused
+
+    for kind, path in outputs.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise Refused(path, f"--{kind} can't be written: it is a folder, or is in none")
+    if outputs["html"]:
+        from loraduct.validation import report_plots
+
+        report_plots.available()
 
 
 def _write(outputs: dict[str, Path | None], document: dict[str, Any]) -> None:
@@ -302,38 +317,3 @@ def _fix(model: Base) -> dict[str, object]:
         text = json.dumps({**model.config, **missing}, indent=2) + "\n"
         replace_file(file, [text.encode()])
     return missing
-
-
-def _prompts(file: Path) -> list[str]:
-    """Prompts, one a line; in a .jsonl, and where every line is an object, its prompt field."""
-    from loraduct.errors import Refused
-    from loraduct.files import read_bytes
-
-    try:
-        rows = read_bytes(file, 4 << 20).decode().split("\n")
-    except UnicodeDecodeError:
-        raise Refused(file, "is not UTF-8") from None
-    lines = {n: row.rstrip("\r") for n, row in enumerate(rows, 1) if row.strip()}
-    if not lines:
-        raise Refused(file, "holds no prompts")
-    values = {n: _object(row) for n, row in lines.items()}
-    if file.suffix != ".jsonl" and None in values.values():
-        return list(lines.values())
-    found = []
-    for number, row in lines.items():
-        value = values[number]
-        if value is None and row.lstrip().startswith("{"):
-            raise Refused(file, f"line {number} is not a JSON object")
-        prompt = row if value is None else value.get("prompt")
-        if not isinstance(prompt, str):
-            raise Refused(file, f"line {number} is not an object with a prompt that is a text")
-        found.append(prompt)
-    return found
-
-
-def _object(row: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -276,7 +276,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too few bits": ({"bits_per_weight": 0.1}, "the smallest possible is"),
     "a pattern": ({"palettize": 4, "include": "("}, "regular expression"),
     "nothing": ({"palettize": 4, "include": "zzz"}, "nothing to compress"),
-    "a scale": ({"bits_per_weight": 4, "per_channel_scale": True}, "goes with --palettize"),
+    "a scale": ({"quantize": "int8", "per_channel_scale": True}, "goes with --palettize"),
 }
 
 
@@ -379,8 +379,8 @@ def test_the_command(world: Path, tmp_path: Path, cli: Any) -> None:
     out = tmp_path / "a.mlpackage"
     planned = cli("compress", world / "x.mlpackage", "--palettize", "4", "--plan")
     assert planned.exit_code == 0
-    assert "1 x 4" in planned.output
-    assert "3 x 4" in planned.output
+    assert "1 x lut4" in planned.output
+    assert "3 x lut4" in planned.output
     done = cli("compress", world / "x.mlpackage", "-o", out, "--bits-per-weight", "4", "--json")
     assert json.loads(done.output)["bytes_after"] == package.size_of(out)
     assert cli("decompress", out, "-o", tmp_path / "b.mlpackage").exit_code == 0

@@ -192,7 +192,7 @@ DAMAGED: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("factor", "lut6, packed", lambda p: one_index(p, "A0_2"), "model.layers.1.mlp.down_proj"),
     ("factor's step", "adapter alone", lambda p: one_step(p, "B0_3"), "model.layers.1.self_attn.v_proj"),
     ("factor's entry", "adapter alone", lambda p: one_entry(p, "A0_0"), "model.layers.0.mlp.down_proj"),
-    ("plain factor", "adapter bits", lambda p: one_index(p, "B0_2"), "model.layers.1.mlp.down_proj"),
+    ("plain factor", "adapter bits", lambda p: one_index(p, "A0_2"), "model.layers.1.mlp.down_proj"),
     ("plain entry", "adapter bits", lambda p: one_entry(p, "A0_0"), "model.layers.0.mlp.down_proj"),
 ]  # fmt: skip
 

@@ -40,10 +40,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rank 4 on q and v, saved by PEFT."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(4)
     model = AutoModelForCausalLM.from_pretrained(tied)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(folder)

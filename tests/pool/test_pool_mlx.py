@@ -106,9 +106,10 @@ def test_stack_in_pefts_order(peers, fusing, bases, adapters, stack, fused):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_packed_base(peers, fusing, bases, tmp_path, kind):
     """On a 4-bit base, as mlx-lm's own loader; fusing into it is refused by name."""
+    import json
+
     import mlx.core as mx
     from mlx_lm.utils import load_model, quantize_model, save_model
-    import json
 
     model, config = load_model(bases("llama"))
     model, config = quantize_model(model, config, group_size=64, bits=4)

@@ -345,7 +345,7 @@ def test_strangers_texts_are_inert(start: int) -> None:
 
 
 def test_ids_and_colours_of_a_plot_cannot_be_forged() -> None:
-    label = 'x" id="y" style="fill: #010203" href="#evil"'
+    label = '$x^2$ " id="y" style="fill: #010203" href="#evil"'
     svg = report.plots.intervals("n", [(label, 1.0, None, None)], label)
     page = Page(svg)
     assert label in page.words("text")

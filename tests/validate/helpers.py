@@ -8,6 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loraduct.formats import base as base_folder
+from loraduct.formats import read as read_adapter
+from loraduct.formats.options import ReadOptions
+from loraduct.validation import suites, thresholds
+from loraduct.validation.runs import Runs
+
 
 def read(result: Any) -> dict[str, Any]:
     """The JSON document, its suites by name under ``by``."""
@@ -39,3 +45,29 @@ def edited(folder: Path, to: Path, edit: Callable[[dict[str, Any]], None], **con
         path = to / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return to
+
+
+class Judge:
+    """Validates pairs on one base, which is run once; and so is what was A before."""
+
+    def __init__(self, folder: Path, prompts: list[str]) -> None:
+        self.base = base_folder.read(folder)
+        self.options = ReadOptions(restore=False, base=self.base)
+        self.runs = Runs(self.base, prompts)
+        self.read_before: dict[Path, Any] = {}
+
+    def __call__(self, first: Path, second: Path | None = None) -> dict[str, suites.Suite]:
+        adapters = [self._read(first)]
+        adapters += [self.fresh(second)] if second else []
+        limits = thresholds.settled({}, ())
+        context = suites.Context(tuple(adapters), self.base, self.runs, thresholds=limits)
+        return {s.name: s for s in suites.run(context)}
+
+    def _read(self, path: Path) -> Any:
+        if path not in self.read_before:
+            self.read_before[path] = self.fresh(path)
+        return self.read_before[path]
+
+    def fresh(self, path: Path) -> Any:
+        """The adapter, read; of PACKAGE:NAME too."""
+        return read_adapter(path, self.options)

@@ -16,13 +16,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import edited
+from helpers import Judge, edited
 
-from loraduct.formats import base as base_folder
-from loraduct.formats import read
-from loraduct.formats.options import ReadOptions
-from loraduct.validation import suites, thresholds
-from loraduct.validation.runs import Runs
+from loraduct.validation import suites
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 pytest.importorskip("peft")
@@ -61,31 +57,9 @@ def run(*words: object) -> None:
     assert done.exit_code == 0, done.output
 
 
-class Judge:
-    """Validates pairs on one base; keeps what the base and the unchanged source say."""
-
-    def __init__(self, folder: Path) -> None:
-        self.base = base_folder.read(folder)
-        self.options = ReadOptions(restore=False, base=self.base)
-        self.runs = Runs(self.base, ["Write a reply: see you on"])
-        self.read_before: dict[Path, Any] = {}
-
-    def __call__(self, first: Path, second: Path | None = None) -> dict[str, suites.Suite]:
-        adapters = [self._read(first)]
-        adapters += [read(second, self.options)] if second else []
-        limits = thresholds.settled({}, ())
-        context = suites.Context(tuple(adapters), self.base, self.runs, thresholds=limits)
-        return {s.name: s for s in suites.run(context)}
-
-    def _read(self, path: Path) -> Any:
-        if path not in self.read_before:
-            self.read_before[path] = read(path, self.options)
-        return self.read_before[path]
-
-
 @pytest.fixture(scope="module")
 def judge(room: Path) -> Judge:
-    return Judge(SMOL)
+    return Judge(SMOL, ["Write a reply: see you on"])
 
 
 def guilty(found: dict[str, suites.Suite], suite: str, name: str) -> Any:
@@ -245,7 +219,7 @@ def test_another_base(room: Path, tmp_path: Path) -> None:
             noise = rng.standard_normal(w.shape, np.float32) * (0.3 * float(w.std()))
             weights[name] = (w + noise).astype(w.dtype)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    check = guilty(Judge(folder)(REPLY, room / "mlx"), "base", "identity")
+    check = guilty(Judge(folder, [])(REPLY, room / "mlx"), "base", "identity")
     assert check.adapter == "B"
     assert "correlate 0.9" in check.detail
 

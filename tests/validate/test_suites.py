@@ -44,7 +44,9 @@ def losses(base: Path, adapter: Path | None, ids: list[list[int]]) -> list[Any]:
         for one in ids:
             row = torch.tensor([one])
             logits = model(row).logits[0, :-1]
-            found.append(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").numpy())
+            found.append(
+                torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").numpy()
+            )
     return found
 
 
@@ -94,7 +96,8 @@ def test_a_suite_asked_for_by_name_that_cant_run_has_failed(
 
 def test_quality_is_what_torch_says(world: Any, cli: Cli) -> None:
     words = ("validate", world.peft, world.mlx, "--base", world.base)
-    d = read(cli(*words, "--suite", "quality", "--text", world.text, "--json"))
+    more = ("--text", world.text, "--text-tokens", 4096)
+    d = read(cli(*words, "--suite", "quality", *more, "--json"))
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(world.base)
@@ -250,6 +253,7 @@ def test_prompts_beyond_the_context_are_refused(world: Any, cli: Cli, tmp_path: 
         (["--max-ms-per-prompt-token", "-1"], "expected a number above 0"),
         (["--regress-from", "nosuch.json"], "nosuch.json"),
         (["--suite", "size", "--beside", "x"], "--beside is for the suite swap"),
+        (["--junit", "no/such/folder/r.xml"], "--junit can't be written"),
     ],
 )
 def test_contradictory_and_odd_gates_are_refused(
@@ -357,7 +361,9 @@ def test_models_are_loaded_once(world: Any, cli: Cli, monkeypatch: pytest.Monkey
     for name in ("_torch", "_mlx"):
         kept = getattr(runtimes, name)
         monkeypatch.setattr(
-            runtimes, name, lambda b, a, kept=kept, name=name: (calls.append((name, a)), kept(b, a))[1]
+            runtimes,
+            name,
+            lambda b, a, kept=kept, name=name: (calls.append((name, a)), kept(b, a))[1],
         )
     words = ("validate", world.peft, world.mlx, "--base", world.base, "--text", world.text)
     assert cli(*words).exit_code == 0
