@@ -13,6 +13,7 @@ from typing import Any
 
 from loraduct.adapter import Adapter, Dense, LowRank, Update
 from loraduct.computed import given
+from loraduct.converters.lowrank import rank_for
 from loraduct.errors import Refused
 
 
@@ -101,13 +102,3 @@ def _spectrum(delta: Any) -> tuple[Any, Any]:
         return vectors, values
     left: Any = np.linalg.qr(delta @ vectors)[0]
     return left, values
-
-
-def rank_for(squares: Any, energy: float) -> int:
-    """The smallest rank that keeps this share of the squared norm; at least 1."""
-    import numpy as np
-
-    kept = np.cumsum(squares)
-    if not kept[-1]:
-        return 1
-    return int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-15))) + 1

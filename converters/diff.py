@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
-from loraduct.converters import lowrank
+from loraduct.converters import lowrank, merge_dense
 from loraduct.converters.merge_names import aligned
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
+from loraduct.tensor import Tensor
+from loraduct.text import printable
 
+ENERGY = 0.999  # of DoRA's squared norm
 SAMPLE = 1 << 21  # entries of dW up to which signs are counted exactly
 
 
@@ -60,6 +63,7 @@ class Diff:
     interference: float
     on_first: float
     on_second: float
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -70,11 +74,6 @@ class Diff:
 def diff(first: Adapter, second: Adapter, base: Base | None = None) -> Diff:
     """Compare the updates of two adapters of one base. Raises Refused where there is nothing to."""
     one, two = aligned([first, second], base)
-    for adapter in (one, two):
-        for name, u in adapter.low_rank.items():
-            if u.magnitude is not None:
-                what = "is DoRA: what it changes is no product of factors, and isn't compared here"
-                raise Refused(adapter.path, what, tensor=name)
     common = [m for m in one.low_rank if m in two.low_rank]
     if not common:
         raise Refused(second.path, f"has no module in common with {first.path}")
@@ -84,7 +83,7 @@ def diff(first: Adapter, second: Adapter, base: Base | None = None) -> Diff:
         if (u.shape, u.layout) != (v.shape, v.layout):
             what = f"updates a weight of shape {list(v.shape)}, the other {list(u.shape)}"
             raise Refused(second.weights, f"{what}: made for another base", tensor=name)
-        module, parts = _module(name, u, v)
+        module, parts = _module(name, *(_effective(name, x, base) for x in (u, v)))
         found.append(module)
         sums = [s + p for s, p in zip(sums, parts, strict=True)]
     inner, norm1, norm2, on1, on2 = sums
@@ -96,7 +95,48 @@ def diff(first: Adapter, second: Adapter, base: Base | None = None) -> Diff:
         _over(inner, math.sqrt(norm1 * norm2)),
         max(disturbed),
         *disturbed,
+        _notes((one, two), base),
     )
+
+
+def _notes(adapters: Sequence[Adapter], base: Base | None) -> tuple[str, ...]:
+    """What is compared of DoRA."""
+    dora = [a for a in adapters if any(u.magnitude is not None for u in a.low_rank.values())]
+    if base is None or not base.has_weights:
+        how = "its low-rank part is compared, not what its magnitudes do; --base BASE compares both"
+    else:
+        how = (
+            f"its change of the weights is compared by the directions that hold {ENERGY:.1%} of it"
+        )
+    return tuple(f"{printable(a.path.name, 80)} is DoRA: {how}" for a in dora)
+
+
+def _effective(name: str, u: LowRank, base: Base | None) -> LowRank:
+    """DoRA's m (W + dW) / ||W + dW|| - W, which has full rank, by its leading directions; LoRA as it is.
+
+    Without a base the low-rank part alone.
+    """
+    import numpy as np
+
+    if u.magnitude is None or base is None or not base.has_weights:
+        return u
+    if u.layout != "linear":
+        what = f"is DoRA of {u.layout} weights, whose change of the weights is not compared"
+        raise Refused(
+            u.a.path, f"{what}; leave out --base to compare the low-rank parts", tensor=name
+        )
+    rows = merge_dense.rows_of(name, u, base)
+    (high, wide), step = u.shape, max(1, merge_dense.BLOCK // u.shape[1])
+
+    def blocks() -> Iterator[tuple[int, int, Any]]:
+        for i in range(0, high, step):
+            j = min(i + step, high)
+            yield i, j, rows(i, j)
+
+    a, b, _, _ = merge_dense.reduced(lowrank.Blocks((high, wide), blocks), None, ENERGY)
+    parts = [np.ascontiguousarray(x, np.float32) for x in (a, b)]
+    a_, b_ = (Tensor(name, "F32", x.shape, data=x) for x in parts)
+    return LowRank(a_, b_, 1.0)
 
 
 def _over(x: float, y: float) -> float:
@@ -162,63 +202,3 @@ def _signs(first: lowrank.Pair, second: lowrank.Pair) -> tuple[int, int, bool]:
     step = max(1, -(-rows * width // SAMPLE))
     product = (b1[::step] @ a1) * (b2[::step] @ a2)
     return int(np.sum(product < 0)), int(np.sum(product != 0)), step > 1
-
-
-def heat_map(found: Diff, names: Sequence[str]) -> str:
-    """A page of HTML that needs nothing else: interference and cosine, modules by layers."""
-    from html import escape
-
-    from loraduct.modules import block_of
-
-    places = {m.module: block_of(m.module) for m in found.modules}
-    kinds = list(dict.fromkeys(b[2] if b else m for m, b in places.items()))
-    layers = sorted({b[1] for b in places.values() if b})
-    cells = {
-        ((b[2], b[1]) if (b := places[m.module]) else (m.module, -1)): m for m in found.modules
-    }
-    columns = layers + ([-1] if any(b is None for b in places.values()) else [])
-    tables = []
-    for title, value, colour in (
-        ("Interference", lambda m: m.interference, _heat),
-        ("Cosine of the updates", lambda m: m.cosine, _signed),
-        ("Share of entries of opposite sign", lambda m: m.sign_conflict, _heat),
-    ):
-        head = "".join(f"<th>{c if c >= 0 else 'outside'}</th>" for c in columns)
-        rows = []
-        for kind in kinds:
-            tds = [_cell(cells.get((kind, c)), value, colour) for c in columns]
-            rows.append(f"<tr><th>{escape(kind)}</th>{''.join(tds)}</tr>")
-        tables.append(f"<h2>{title}</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>")
-    title = " and ".join(escape(n) for n in names)
-    facts = (
-        f"{len(found.modules)} common modules; overall interference {found.interference:.3f},"
-        f" cosine {found.cosine:.3f}; only in the first {len(found.only_first)}, only in the second"
-        f" {len(found.only_second)}"
-    )
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
-        "th{font-weight:normal;text-align:right;padding:1px 6px}td{min-width:26px;height:20px}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style><h1>{title}</h1><p>{facts}</p>{''.join(tables)}</html>\n"
-    )
-
-
-def _cell(module: Module | None, value: Any, colour: Any) -> str:
-    from html import escape
-
-    if module is None:
-        return "<td></td>"
-    x = value(module)
-    return f'<td style="background:{colour(x)}" title="{escape(module.module)}: {x:.3g}"></td>'
-
-
-def _heat(x: float) -> str:
-    """White for 0 to dark red for 1 and more."""
-    return f"hsl(8,80%,{100 - 60 * min(max(x, 0.0), 1.0):.0f}%)"
-
-
-def _signed(x: float) -> str:
-    """Red for -1, white for 0, blue for 1."""
-    return f"hsl({215 if x > 0 else 8},80%,{100 - 55 * min(abs(x), 1.0):.0f}%)"

@@ -17,11 +17,12 @@ from typing import Any
 
 from loraduct.adapter import LowRank, Replacement, Update
 from loraduct.computed import given
+from loraduct.converters import lowrank
+from loraduct.converters.approximate import Wanted
 from loraduct.errors import Refused
 from loraduct.modules import kind_of_module
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
-OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
 ABOVE_NOISE = (
     1.5  # a direction counts from this multiple of the noise's largest; outliers reach 1.4
 )
@@ -30,14 +31,6 @@ EXPLAINED = 1.25  # a residual up to this multiple of rounding's own size is rou
 FIRST_RANK = 12
 _NUMBERS = 1 << 20  # compared at once
 _VOCABULARY = ("embedding", "output head")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How many directions to keep: ``rank``, or a share of the squared norm, or all above noise."""
-
-    rank: int | None = None
-    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +58,9 @@ def differences(
 ) -> dict[str, Found]:
     """Module (low rank) or parameter (replaced) -> what changed from ``old`` to ``new``.
 
-    Matrices become factors, vectors are replaced; ``turned`` says of which parameters the weight is
-    stored (in, out). Raises Refused for parameters that only one of them has and for shapes that
-    differ.
+    ``wanted`` without a rank or an energy: all directions above noise. Matrices become factors,
+    vectors are replaced; ``turned`` says of which parameters the weight is stored (in, out). Raises
+    Refused for parameters that only one of them has and for shapes that differ.
     """
     found: dict[str, Found] = {}
     for name, tensor in new.items():
@@ -170,8 +163,9 @@ def nearest(matrix: Any, wanted: Wanted, sigma: float) -> tuple[Any, Any, float]
     total = float(np.sum(np.square(matrix, dtype=np.float64)))
     floor = ABOVE_NOISE * sigma * sum(math.sqrt(n) for n in matrix.shape)
     tried = min(most, wanted.rank or FIRST_RANK)
+    whole = lowrank.Blocks(matrix.shape, lambda: iter([(0, len(matrix), matrix)]))
     while True:
-        left, values, right = leading(matrix, tried)
+        left, values, right = lowrank.leading(whole, tried)
         squares = np.square(values)
         rank = _rank(wanted, squares, total, floor)
         if rank < len(values) or tried == most or wanted.rank:
@@ -190,23 +184,5 @@ def _rank(wanted: Wanted, squares: Any, total: float, floor: float) -> int:
     if wanted.rank:
         return wanted.rank
     if wanted.energy:
-        return int(np.searchsorted(np.cumsum(squares), wanted.energy * total)) + 1
+        return lowrank.rank_for(squares, wanted.energy, total)
     return max(1, int(np.sum(squares > floor**2)))
-
-
-def leading(matrix: Any, rank: int) -> tuple[Any, Any, Any]:
-    """Leading singular triplets: exact where the matrix is small, else by a randomised range."""
-    import numpy as np
-
-    if rank + OVERSAMPLING >= min(matrix.shape) // 2:
-        found: tuple[Any, Any, Any] = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
-        return found[0][:, :rank], found[1][:rank], found[2][:rank]
-    rng = np.random.default_rng(0)
-    start = rng.standard_normal((matrix.shape[1], rank + OVERSAMPLING)).astype(np.float32)
-    basis = np.linalg.qr((matrix @ start).astype(np.float64))[0]
-    for _ in range(POWER):
-        turned = np.linalg.qr((matrix.T @ basis.astype(np.float32)).astype(np.float64))[0]
-        basis = np.linalg.qr((matrix @ turned.astype(np.float32)).astype(np.float64))[0]
-    small = basis.T @ matrix.astype(np.float64)
-    left, values, right = np.linalg.svd(small, full_matrices=False)
-    return (basis @ left)[:, :rank], values[:rank], right[:rank]

@@ -9,8 +9,9 @@ from pathlib import Path
 from loraduct.adapter import Adapter, BaseRef, LowRank, Replacement, Update
 from loraduct.architectures import renamed, table
 from loraduct.converters import names
+from loraduct.converters.approximate import Wanted
 from loraduct.converters.convert import untie
-from loraduct.converters.extract import Found, Wanted, differences
+from loraduct.converters.extract import Found, differences
 from loraduct.converters.fuse_folder import EXACT, check_base, fingerprint
 from loraduct.errors import Refused
 from loraduct.formats import peft_writer
@@ -28,10 +29,10 @@ class Extracted:
     found: Mapping[str, Found]
 
 
-def extract(tuned: Base, base: Base, wanted: Wanted, *, allowed: bool) -> Extracted:
+def extract(tuned: Base, base: Base, wanted: Wanted) -> Extracted:
     """The adapter that turns ``base`` into ``tuned``; values are read module by module.
 
-    ``allowed``: what is left over may be more than rounding explains. Raises Refused where it is not
+    ``wanted.allowed``: what is left over may be more than rounding explains. Raises Refused where it is not
     and is, for other architectures and shapes, packed models, and two that do not differ.
     """
     for one in (tuned, base):
@@ -56,7 +57,7 @@ def extract(tuned: Base, base: Base, wanted: Wanted, *, allowed: bool) -> Extrac
     if not any(isinstance(f.update, LowRank) for f in found.values()):
         what = "differs in whole parameters only, of which no LoRA can be made"
         raise Refused(tuned.path, what, tensor=next(iter(found)))
-    _check_whole(tuned.path, found, allowed)
+    _check_whole(tuned.path, found, wanted.allowed)
     return Extracted(_adapter(tuned, base, found), found)
 
 

@@ -7,17 +7,26 @@ and the singular values of the small core R S.T are those of the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loraduct.adapter import Dense, LowRank
-from loraduct.converters.approximate import rank_for
 
 Pair = tuple[Any, Any]
 Choice = Callable[[Any], int]  # singular values (..., k) -> how many are kept
 Widen = Callable[[Any], Any]  # (k, n) -> Q @ that
 CONDITION = 1e-6  # smallest over largest eigenvalue down to which a Gram matrix is trusted
+OVERSAMPLING, POWER = 12, 3  # of the randomised range finder (Halko, Martinsson, Tropp, 2011)
 TINY = 1e-10  # of the largest singular value: what counts as none
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix given by blocks of its rows: ``blocks()`` yields (start, stop, rows) again and again."""
+
+    shape: tuple[int, int]
+    blocks: Callable[[], Iterator[tuple[int, int, Any]]]
 
 
 def factors(update: LowRank, *, finite: bool = True) -> Pair:
@@ -142,6 +151,58 @@ def truncated(
 
     pair, values = cut(a, b, choose)
     return pair, lost(values, pair[0].shape[-2]), float((values**2).sum() ** 0.5)
+
+
+def rank_for(squares: Any, energy: float, total: float | None = None) -> int:
+    """The smallest rank that keeps this share of the squared norm; at least 1.
+
+    ``squares`` of the singular values, largest first; ``total``: of all, where these are the leading
+    ones. One more than there are where these don't keep so much.
+    """
+    import numpy as np
+
+    kept = np.cumsum(squares)
+    whole = kept[-1] if total is None else total
+    return int(np.searchsorted(kept, energy * whole * (1 - 1e-12))) + 1 if whole else 1
+
+
+def leading(matrix: Blocks, rank: int) -> tuple[Any, Any, Any]:
+    """Leading singular triplets: exact where the rank is near the full one, else by a random range.
+
+    The range may be found in float32; the values are of Q.T M in float64 with orthonormal Q, so
+    that what the factors lack is ||M||^2 - sum(values^2) whatever the range.
+    """
+    import numpy as np
+
+    rows, columns = matrix.shape
+    if 2 * (rank + OVERSAMPLING) >= min(rows, columns):
+        whole = np.concatenate([m.astype(np.float64) for _, _, m in matrix.blocks()])
+        left, values, right = np.linalg.svd(whole, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    start = np.random.default_rng(0).standard_normal((columns, rank + OVERSAMPLING), np.float32)
+    basis = np.linalg.qr(_times(matrix, start))[0]
+    for _ in range(POWER):
+        basis = np.linalg.qr(_times(matrix, np.linalg.qr(_turned_times(matrix, basis))[0]))[0]
+    basis = np.linalg.qr(basis.astype(np.float64))[0]
+    left, values, right = np.linalg.svd(_turned_times(matrix, basis).T, full_matrices=False)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+def _times(matrix: Blocks, x: Any) -> Any:
+    """M @ x for x (columns, k), in the dtype of x."""
+    import numpy as np
+
+    return np.concatenate([m.astype(x.dtype, copy=False) @ x for _, _, m in matrix.blocks()])
+
+
+def _turned_times(matrix: Blocks, x: Any) -> Any:
+    """M.T @ x for x (rows, k), in the dtype of x."""
+    import numpy as np
+
+    total = np.zeros((matrix.shape[1], x.shape[1]), x.dtype)
+    for i, j, m in matrix.blocks():
+        total += m.astype(x.dtype, copy=False).T @ x[i:j]
+    return total
 
 
 def lost(values: Any, rank: int) -> float:

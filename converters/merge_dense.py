@@ -17,12 +17,10 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraduct.adapter import LowRank
 from loraduct.converters import lowrank, merge_dora
-from loraduct.converters.extract import OVERSAMPLING, POWER
 from loraduct.formats.base import Base
 from loraduct.tensor import as_float32
 
@@ -34,14 +32,6 @@ Rows = Callable[[int, int], Any]  # (start, stop) -> rows of dW in float32
 BLOCK = 1 << 21  # entries of dW held at once
 HELD = 1 << 25  # entries of the merged dW that are held (128 MB), so that they are made once only
 FIRST_RANK = 64
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix given by blocks of its rows: ``blocks()`` yields (start, stop, rows) again and again."""
-
-    shape: tuple[int, int]
-    blocks: Callable[[], Iterator[tuple[int, int, Any]]]
 
 
 def merged(
@@ -104,7 +94,7 @@ def entries(
     settings: Settings,
     name: str,
     expert: int,
-) -> Matrix:
+) -> lowrank.Blocks:
     """The merged dW, block by block. What is dropped hangs on seed, module, adapter and place alone."""
     import numpy as np
 
@@ -133,9 +123,9 @@ def entries(
             yield i, j, (_elected if elect else _sum)(found, weights, settings.sign)
 
     if math.prod(shape) > HELD:
-        return Matrix(shape, blocks)
+        return lowrank.Blocks(shape, blocks)
     whole = list(blocks())
-    return Matrix(shape, lambda: iter(whole))
+    return lowrank.Blocks(shape, lambda: iter(whole))
 
 
 def _sum(found: Sequence[Any], weights: Sequence[float], sign: str) -> Any:
@@ -195,7 +185,7 @@ def floor(rows: Rows, spans: Sequence[tuple[int, int]], density: float, size: in
 
 
 def reduced(
-    matrix: Matrix, rank: int | None, energy: float | None
+    matrix: lowrank.Blocks, rank: int | None, energy: float | None
 ) -> tuple[Any, Any, float, float]:
     """(a, b, squared norm of what they lack, squared norm of all)."""
     import numpy as np
@@ -204,51 +194,12 @@ def reduced(
     total = sum(float(np.square(m, dtype=np.float64).sum()) for _, _, m in matrix.blocks())
     tried = min(most, rank or FIRST_RANK)
     while True:
-        left, values, right = leading(matrix, tried)
+        left, values, right = lowrank.leading(matrix, tried)
         kept = np.cumsum(values**2)
         if rank or tried == most or kept[-1] >= (energy or 1.0) * total:
             break
         tried = min(most, 2 * tried)
-    k = rank or int(np.searchsorted(kept, (energy or 1.0) * total * (1 - 1e-12))) + 1
+    k = rank or lowrank.rank_for(values**2, energy or 1.0, total)
     k = max(1, min(k, len(values)))
     a, b = lowrank.balanced(left[:, :k], values[:k], right[:k])
     return a, b, max(total - float(kept[k - 1]), 0.0), total
-
-
-def leading(matrix: Matrix, rank: int) -> tuple[Any, Any, Any]:
-    """Leading singular triplets: exact where the rank is near the full one, else a random range.
-
-    The range may be found in float32; the values are of Q.T M in float64 with orthonormal Q, so
-    that what the factors lack is ||M||^2 - sum(values^2) whatever the range.
-    """
-    import numpy as np
-
-    rows, columns = matrix.shape
-    if 2 * (rank + OVERSAMPLING) >= min(rows, columns):
-        whole = np.concatenate([m.astype(np.float64) for _, _, m in matrix.blocks()])
-        left, values, right = np.linalg.svd(whole, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank]
-    start = np.random.default_rng(0).standard_normal((columns, rank + OVERSAMPLING), np.float32)
-    basis = np.linalg.qr(_times(matrix, start))[0]
-    for _ in range(POWER):
-        basis = np.linalg.qr(_times(matrix, np.linalg.qr(_turned_times(matrix, basis))[0]))[0]
-    basis = np.linalg.qr(basis.astype(np.float64))[0]
-    left, values, right = np.linalg.svd(_turned_times(matrix, basis).T, full_matrices=False)
-    return (basis @ left)[:, :rank], values[:rank], right[:rank]
-
-
-def _times(matrix: Matrix, x: Any) -> Any:
-    """M @ x for x (columns, k), in the dtype of x."""
-    import numpy as np
-
-    return np.concatenate([m.astype(x.dtype, copy=False) @ x for _, _, m in matrix.blocks()])
-
-
-def _turned_times(matrix: Matrix, x: Any) -> Any:
-    """M.T @ x for x (rows, k), in the dtype of x."""
-    import numpy as np
-
-    total = np.zeros((matrix.shape[1], x.shape[1]), x.dtype)
-    for i, j, m in matrix.blocks():
-        total += m.astype(x.dtype, copy=False).T @ x[i:j]
-    return total

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, BaseRef, Note, Update
-from loraduct.converters.extract import Wanted, differences
+from loraduct.converters.approximate import Wanted
+from loraduct.converters.extract import differences
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.formats.coreml import record

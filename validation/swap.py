@@ -81,9 +81,11 @@ def _given(context: Context, folder: Path) -> dict[str, tuple[Path, ReadOptions,
     found: dict[str, tuple[Path, ReadOptions, Adapter]] = {}
     for adapter in context.adapters:
         one = ReadOptions(restore=False, base=context.base, adapter=adapter.name)
-        if adapter.weights.suffix == ".bin":
+        packaged = adapter.format == "coreml"
+        if adapter.weights.suffix == ".bin" and not packaged:
             raise CannotRun(f"{adapter.weights} is a pickle: convert it before it is swapped")
-        if not runtimes.usual_weights(adapter) and adapter.container != "packed":
+        usual = packaged or adapter.container == "packed" or runtimes.usual_weights(adapter)
+        if not usual:
             raise CannotRun(f"{adapter.weights} is no folder's usual file: convert it before")
         found[f"a{len(found)}"] = adapter.path, one, adapter
     for path in context.beside:
@@ -347,7 +349,9 @@ def _live(backend: str, base: Base, ids: Sequence[int]) -> tuple[Any, Logits]:
         raise Refused(base.path, "holds no weights (model*.safetensors): nothing can be run on it")
     if backend == "torch":
         import torch
+        import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         model = runtimes._auto_class(base.model_type).from_pretrained(
             str(base.path), dtype=torch.float32, attn_implementation="eager"
         )

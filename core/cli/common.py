@@ -53,6 +53,20 @@ def reading_options(command: F) -> F:
     return command
 
 
+_WRITING = (
+    click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run)."),
+    click.option("--dry-run", is_flag=True, help="Do everything but write."),
+    click.option("--force", is_flag=True, help="Replace an existing adapter folder."),
+)
+
+
+def writing_options(command: F) -> F:
+    """Options of verbs that write an adapter: output, dry_run, force."""
+    for option in reversed(_WRITING):
+        command = option(command)
+    return command
+
+
 def weighted(spec: str) -> tuple[str, float]:
     """ADAPTER[:WEIGHT] -> (adapter, weight). Raises UsageError for a weight that is not finite.
 

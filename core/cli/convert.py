@@ -223,7 +223,7 @@ def _package(
 
 def _unmerged(source: Path, model: Base | None, rank: int | None, energy: float | None) -> Adapter:
     """The adapter that was merged into a package's weights."""
-    from loraduct.converters.extract import Wanted
+    from loraduct.converters.approximate import Wanted
     from loraduct.converters.unmerge import unmerge
     from loraduct.errors import Refused
 

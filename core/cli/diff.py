@@ -39,7 +39,8 @@ def command(
     the other way round, whichever is larger.
     """
     from loraduct.cli.combine import read_all
-    from loraduct.converters.diff import diff, heat_map
+    from loraduct.cli.diff_map import heat_map
+    from loraduct.converters.diff import diff
     from loraduct.errors import Refused
     from loraduct.files import replace_file
     from loraduct.formats.options import ReadOptions
@@ -56,6 +57,8 @@ def command(
         return
     from loraduct.text import printable, table
 
+    for note in found.notes:
+        click.echo(f"note: {printable(note, 300)}")
     count = f"{len(found.modules)} common modules"
     only = f"{len(found.only_first)} only in A, {len(found.only_second)} only in B"
     click.echo(f"{printable(str(first))} and {printable(str(second))}: {count}, {only}")

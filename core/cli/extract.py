@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, json_option, print_json
+from loraduct.cli.common import PATH, json_option, print_json, writing_options
 
 if TYPE_CHECKING:
     from loraduct.converters.extract import Found
@@ -21,7 +21,7 @@ _WORST = 5  # modules that are named
 @click.command("extract")
 @click.argument("tuned", type=PATH)
 @click.argument("base", type=PATH)
-@click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
+@writing_options
 @click.option("--rank", type=click.IntRange(1, 65536), help="Directions to keep of every module.")
 @click.option(
     "--energy", type=click.FloatRange(0, 1, min_open=True),
@@ -38,8 +38,6 @@ _WORST = 5  # modules that are named
 @click.option(
     "--allow-approximate", is_flag=True, help="Accept more than rounding to be left over."
 )
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 def command(
     tuned: Path,
@@ -63,8 +61,8 @@ def command(
     if rank is not None and energy is not None:
         raise click.UsageError("--rank and --energy both say how near: give one")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of small products threads only wait
+    from loraduct.converters.approximate import Wanted
     from loraduct.converters.convert import Options, convert
-    from loraduct.converters.extract import Wanted
     from loraduct.converters.extract_folder import extract
     from loraduct.formats import base as base_folder
     from loraduct.formats import folder
@@ -73,7 +71,7 @@ def command(
     if output is not None:
         for model in models:
             folder.check_target(output, model.path, force)
-    made = extract(*models, Wanted(rank, energy), allowed=allow_approximate)
+    made = extract(*models, Wanted(rank, energy, allow_approximate))
     plan = convert(made.adapter, Options(to=to, base=models[1], dtype=dtype))
     folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)
     _say(tuned, base, None if dry_run else output, made.found, plan, as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
 
 if TYPE_CHECKING:
     from loraduct.converters.merge import Merged, Settings
@@ -62,7 +62,7 @@ METHODS = [
 )
 @click.option("--recipe", type=PATH, metavar="FILE", help="YAML: adapters, weights, method.")
 @click.option("--to", type=click.Choice(["peft", "mlx"]), help="Format [the first adapter's].")
-@click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
+@writing_options
 @base_option
 @click.option(
     "--dtype",
@@ -70,11 +70,9 @@ METHODS = [
     help="Store tensors in this dtype [keep].",
 )
 @click.option("--uniform", is_flag=True, help="PEFT with one r and one alpha, no patterns.")
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @click.option(
     "--allow-approximate", is_flag=True, help="Accept a measured loss that is otherwise refused."
 )
-@click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
 def command(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
 
 
 @click.command("resize")
@@ -26,7 +26,7 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
 @click.option("--per-module", is_flag=True, help="A rank of its own for every module.")
 @click.option("--uniform", is_flag=True, help="PEFT with one r and one alpha, no patterns.")
 @click.option("--to", type=click.Choice(["peft", "mlx"]), help="Format [the adapter's].")
-@click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
+@writing_options
 @base_option
 @click.option(
     "--dtype",
@@ -34,8 +34,6 @@ from loraduct.cli.common import PATH, base_option, json_option, print_json, read
     default="keep",
     help="Store tensors in this dtype; what is cut is float32 else.",
 )
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
 def command(

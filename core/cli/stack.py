@@ -7,16 +7,14 @@ from pathlib import Path
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
 
 
 @click.command("stack")
 @click.argument("sources", metavar="A B...", type=PATH, nargs=-1, required=True)
 @click.option("--to", type=click.Choice(["peft", "mlx"]), help="Format [the first adapter's].")
-@click.option("-o", "--output", type=PATH, help="Folder to write (needed unless --dry-run).")
+@writing_options
 @base_option
-@click.option("--dry-run", is_flag=True, help="Do everything but write.")
-@click.option("--force", is_flag=True, help="Replace an existing adapter folder.")
 @json_option
 @reading_options
 def command(

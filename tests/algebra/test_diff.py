@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as st
 
+from loraduct.cli.diff_map import heat_map
 from loraduct.converters import diff as differ
 from loraduct.formats import read
 
@@ -124,7 +126,7 @@ def test_heat_map_stands_alone_and_escapes(two: list[Path], cli: Any, tmp_path: 
     evil = "<script>alert(1)</script>"
     odd = [dataclasses.replace(m, module=m.module + evil) for m in found.modules]
     page = Page()
-    page.feed(differ.heat_map(dataclasses.replace(found, modules=tuple(odd)), [evil, evil]))
+    page.feed(heat_map(dataclasses.replace(found, modules=tuple(odd)), [evil, evil]))
     assert "script" not in {t for t, _ in page.tags}
 
 
@@ -135,6 +137,58 @@ def test_refusals(cli: Any, two: list[Path], peft_folder: Folders) -> None:
         {k.replace("layers.0", "layers.7"): v for k, v in st.load_file(file).items()}, file
     )
     assert "no module in common" in cli("diff", two[0], apart).stderr
-    assert "DoRA" in cli("diff", two[0], peft_folder("dora", use_dora=True)).stderr
     other = peft_folder("other", base_model_name_or_path="other/model")
     assert "is for the base other/model" in cli("diff", two[0], other).stderr
+
+
+@pytest.fixture
+def dora(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A base, DoRA and LoRA on it."""
+    spec = importlib.util.spec_from_file_location("fusing", Path(__file__).parent / "fusing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    fusing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fusing)
+    base = fusing.saved("llama", tmp_path / "base")
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    one = fusing.trained(base, tmp_path / "dora", 1, use_dora=True, **targets)
+    return base, one, fusing.trained(base, tmp_path / "lora", 2, **targets)
+
+
+def test_dora_with_its_base_is_what_peft_merges(cli: Any, dora: tuple[Path, Path, Path]) -> None:
+    """dW of stock PEFT's merged weights, dense, in float64."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, *folders = dora
+    plain = {k: v.double().numpy() for k, v in
+             AutoModelForCausalLM.from_pretrained(base).state_dict().items()}  # fmt: skip
+    changed = []
+    for folder in folders:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        state = model.merge_and_unload().state_dict()
+        changed.append({k: v.double().numpy() - plain[k] for k, v in state.items()})
+    done = cli("diff", *folders, "--base", base, "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert len(said["modules"]) == 4
+    assert "99.9%" in said["notes"][0]
+    for m in said["modules"]:
+        a, b = (c[f"{m['module']}.weight"] for c in changed)
+        sizes = np.linalg.norm(a), np.linalg.norm(b)
+        assert m["norms"] == pytest.approx(sizes, rel=1e-3)
+        assert m["cosine"] == pytest.approx(np.vdot(a, b) / (sizes[0] * sizes[1]), abs=0.02)
+        assert m["on_second"] == pytest.approx(on(b, a), rel=0.05)
+
+
+def test_dora_without_its_base_is_compared_by_its_factors(
+    cli: Any, dora: tuple[Path, Path, Path]
+) -> None:
+    said = json.loads(cli("diff", *dora[1:], "--json").stdout)
+    one, two = (dense(f) for f in dora[1:])
+    assert "low-rank part" in said["notes"][0]
+    for m in said["modules"]:
+        a, b = one[m["module"]], two[m["module"]]
+        wanted = np.vdot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b))
+        assert m["cosine"] == pytest.approx(wanted, abs=1e-6)
+    assert "note: dora is DoRA" in cli("diff", *dora[1:]).stdout

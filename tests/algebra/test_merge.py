@@ -205,14 +205,14 @@ def test_residual_of_ties_is_what_the_result_lacks(folders: list[Path]) -> None:
 def test_large_matrices_go_block_by_block_and_come_out_the_same(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loraduct.converters import merge_dense
+    from loraduct.converters import lowrank, merge_dense
 
     adapters = [read(f) for f in folders]
     settings = Settings("ties", rank=2, density=0.37)
     whole = merge(adapters, WEIGHTS, settings).modules
     monkeypatch.setattr(merge_dense, "BLOCK", 50)
     monkeypatch.setattr(merge_dense, "HELD", 0)
-    monkeypatch.setattr(merge_dense, "OVERSAMPLING", 1)  # so that a random range is drawn
+    monkeypatch.setattr(lowrank, "OVERSAMPLING", 1)  # so that a random range is drawn
     for one, two in zip(whole, merge(adapters, WEIGHTS, settings).modules, strict=True):
         assert two.residual == pytest.approx(one.residual, rel=0.02)
         assert two.residual >= one.residual * (1 - 1e-6)

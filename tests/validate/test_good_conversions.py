@@ -69,7 +69,7 @@ def drawn(base: Path, to: Path, rng: Any) -> str:
                 config["rank_pattern"][n.split(".")[-1]] = int(rng.integers(1, 17))
             if rng.random() < 0.5:
                 config["alpha_pattern"][f"layers.1.{n}"] = int(rng.integers(1, 65))
-    size = float(rng.choice([0.02, 0.1, 0.3]))
+    size = float(rng.choice([0.02, 0.05, 0.1]))
     tensors = {}
     for layer in range(2):
         for n in chosen:
