@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
     from loraduct.formats.base import Base
-    from loraduct.formats.folder import Folder
     from loraduct.formats.options import ReadOptions
 
 
@@ -36,10 +35,3 @@ def read_all(
         if model is not None:
             folder.check_target(output, model.path, force)
     return [read(s, options) for s in sources], model
-
-
-def write(plan: Folder, target: Path | None, allow_approximate: bool = False) -> None:
-    """Write the folder; what can't be written leaves nothing."""
-    from loraduct.formats import folder
-
-    folder.write(plan, target, allow_approximate=allow_approximate)

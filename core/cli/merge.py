@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
+from loraduct.cli.common import (
+    PATH,
+    base_option,
+    json_option,
+    print_json,
+    reading_options,
+    writing_options,
+)
 
 if TYPE_CHECKING:
     from loraduct.converters.merge import Merged, Settings
@@ -106,6 +113,7 @@ def command(
         raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
     from loraduct.converters import merge as merging
     from loraduct.converters import recipe as recipes
+    from loraduct.formats import folder
     from loraduct.formats.options import ReadOptions
 
     each: Sequence[recipes.Weight] = _numbers(weights, len(sources))
@@ -122,7 +130,7 @@ def command(
         raise click.UsageError("give adapters to merge, or --recipe FILE")
     settings, drawn = _settings(told)
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
-    from loraduct.cli.combine import read_all, write
+    from loraduct.cli.combine import read_all
 
     adapters, model = read_all(sources, options, base, output, force)
     merged = merging.merge(adapters, each, settings, model)
@@ -134,7 +142,7 @@ def command(
         Options(to=target, base=model, dtype=dtype or "keep", uniform=uniform),
     )
     plan.account.notes += [*merged.notes, *([f"drew the seed {settings.seed}"] if drawn else [])]
-    write(plan, None if dry_run else output, allow_approximate)
+    folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)
     if as_json:
         print_json(_document(merged, settings, sources, target, None if dry_run else output, plan))
         return

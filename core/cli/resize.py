@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
+from loraduct.cli.common import (
+    PATH,
+    base_option,
+    json_option,
+    print_json,
+    reading_options,
+    writing_options,
+)
 
 
 @click.command("resize")
@@ -60,9 +67,10 @@ def command(
         raise click.UsageError("give -o OUT, or --dry-run")
     if sum(v is not None for v in (rank, energy, error)) != 1:
         raise click.UsageError("give one of --rank, --energy and --error")
-    from loraduct.cli.combine import read_all, write
+    from loraduct.cli.combine import read_all
     from loraduct.converters.convert import Options, convert
     from loraduct.converters.resize import Wanted, resize
+    from loraduct.formats import folder
     from loraduct.formats.options import ReadOptions
 
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
@@ -75,7 +83,7 @@ def command(
     plan.account.notes += [] if uniform or target == "mlx" else resized.notes
     if target == "mlx" and len({m.rank for m in resized.modules}) > 1:
         plan.account.notes.append("MLX has one rank: smaller ones are padded to the largest")
-    write(plan, None if dry_run else output)
+    folder.write(plan, None if dry_run else output)
     where = "nothing written (--dry-run)" if dry_run else str(output)
     if as_json:
         print_json(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options, writing_options
+from loraduct.cli.common import (
+    PATH,
+    base_option,
+    json_option,
+    print_json,
+    reading_options,
+    writing_options,
+)
 
 
 @click.command("stack")
@@ -35,9 +42,10 @@ def command(
         raise click.UsageError("give -o OUT, or --dry-run")
     if len(sources) < 2:
         raise click.UsageError("give two adapters or more to stack")
-    from loraduct.cli.combine import read_all, write
+    from loraduct.cli.combine import read_all
     from loraduct.converters.convert import Options, convert
     from loraduct.converters.stack import stack
+    from loraduct.formats import folder
     from loraduct.formats.options import ReadOptions
 
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
@@ -45,7 +53,7 @@ def command(
     stacked = stack(adapters, model)
     target = to or (adapters[0].format if adapters[0].format in ("peft", "mlx") else "peft")
     plan = convert(stacked.adapter, Options(to=target, base=model))
-    write(plan, None if dry_run else output)
+    folder.write(plan, None if dry_run else output)
     if as_json:
         print_json(
             {

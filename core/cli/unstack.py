@@ -16,11 +16,12 @@ from loraduct.cli.common import PATH, json_option, print_json
 @json_option
 def command(source: Path, output: Path, only: str | None, as_json: bool) -> None:
     """Write the adapters of STACK into folders of their own in OUT: tensors and configs as they were."""
-    from loraduct.cli.combine import read_all, write
+    from loraduct.cli.combine import read_all
     from loraduct.converters.convert import Options, convert
     from loraduct.converters.stack import unstack
     from loraduct.errors import Refused
     from loraduct.files import staged_folder
+    from loraduct.formats import folder
     from loraduct.formats.options import ReadOptions
     from loraduct.text import printable, several
 
@@ -32,7 +33,7 @@ def command(source: Path, output: Path, only: str | None, as_json: bool) -> None
         found = {only: found[only]}
     plans = {n: convert(a, Options(to=a.format)) for n, a in found.items()}
     if only is not None:
-        write(plans[only], output)
+        folder.write(plans[only], output)
     else:
         if len({folder_name(n) for n in plans}) < len(plans):
             raise Refused(
@@ -40,7 +41,7 @@ def command(source: Path, output: Path, only: str | None, as_json: bool) -> None
             )
         with staged_folder(output) as stage:
             for name, plan in plans.items():
-                write(plan, stage / folder_name(name))
+                folder.write(plan, stage / folder_name(name))
     if as_json:
         names = {n: str(output if only else output / folder_name(n)) for n in found}
         print_json({"source": str(source), "adapters": names})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,28 @@ def test_fused_is_unfused(cli, repo, real, tmp_path):
     halves = survival.effect(bare["torch"], unfused, logits("torch", tmp_path / "keep"))
     assert halves.cosine > 0.9999
     assert halves.kl < 1e-5
+
+
+def test_a_package_fused_is_unfused(cli, repo, real, tmp_path):
+    """In 16 bits as stock PEFT computes; in int8 nearly all survives, and the report says how much."""
+    adapter = repo / "examples" / "reply"
+    plain, small = tmp_path / "plain.mlpackage", tmp_path / "int8.mlpackage"
+    for words in (
+        ("package", "--base", real, "-o", plain),
+        ("compress", plain, "-o", small, "--quantize", "int8"),
+        ("fuse", adapter, "--base", plain, "-o", tmp_path / "out.mlpackage"),
+    ):
+        done = cli(*words)
+        assert done.exit_code == 0, done.stderr
+    ids, _ = runtimes.tokenize(base_folder.read(real), runtimes.PROMPTS[:2])
+    bare, unfused = logits("torch", real), logits("torch", real, read(adapter))
+    fused = runtimes.run_package(tmp_path / "out.mlpackage", None, ids, count=0)[0].logits
+    effect = survival.effect(bare, unfused, fused)
+    assert effect.cosine > 0.999
+    assert effect.kl < 1e-4
+    done = cli("fuse", adapter, "--base", small, "-o", tmp_path / "fused8.mlpackage", "--json")
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    print(said["survival"]["share"], said["survival"]["cosine"], said["effect"])
+    assert 0.5 < said["survival"]["share"] < 1.1
+    assert said["bytes"]["before"] == said["bytes"]["after"]
