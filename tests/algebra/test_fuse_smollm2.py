@@ -52,7 +52,7 @@ def test_fused_is_unfused(cli, repo, real, tmp_path):
 
 
 def test_a_package_fused_is_unfused(cli, repo, real, tmp_path):
-    """In 16 bits as stock PEFT computes; in int8 nearly all survives, and the report says how much."""
+    """In 16 bits as stock PEFT computes; in int8 most of the effect, where codes make up for errors."""
     adapter = repo / "examples" / "reply"
     plain, small = tmp_path / "plain.mlpackage", tmp_path / "int8.mlpackage"
     for words in (
@@ -68,9 +68,18 @@ def test_a_package_fused_is_unfused(cli, repo, real, tmp_path):
     effect = survival.effect(bare, unfused, fused)
     assert effect.cosine > 0.999
     assert effect.kl < 1e-4
-    done = cli("fuse", adapter, "--base", small, "-o", tmp_path / "fused8.mlpackage", "--json")
+    words = (
+        "--base",
+        small,
+        "-o",
+        tmp_path / "fused8.mlpackage",
+        "--remedy",
+        "compensate",
+        "--json",
+    )
+    done = cli("fuse", adapter, *words)
     assert done.exit_code == 0, done.stderr
     said = json.loads(done.stdout)
-    print(said["survival"]["share"], said["survival"]["cosine"], said["effect"])
+    assert said["effect"]["cosine"] > 0.85
     assert 0.5 < said["survival"]["share"] < 1.1
     assert said["bytes"]["before"] == said["bytes"]["after"]
