@@ -256,6 +256,20 @@ def test_prompts_line_by_line(tmp_path: Path) -> None:
             prompts_of(lines)
 
 
+def test_calibration_texts_line_by_line(tmp_path: Path) -> None:
+    """As prompts: JSON's texts may hold U+2028, which ends no line."""
+    from loraduct.cli.calibration import pieces
+    from loraduct.errors import Refused
+
+    file = tmp_path / "t.jsonl"
+    rows = [{"text": "first\u2028half"}, {"ids": [1, 2]}, {"prompt": "a", "completion": "b"}]
+    file.write_text("\r\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
+    assert pieces(file) == (["first\u2028half", "a\nb"], [[1, 2]])
+    file.write_text('{"text": "x"}\n\n{"text": 3}\n')
+    with pytest.raises(Refused, match="line 3 "):
+        pieces(file)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

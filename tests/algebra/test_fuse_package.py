@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,20 +17,12 @@ from loraduct.formats.coreml import package as packages
 
 pytest.importorskip("peft")
 pytest.importorskip("coremltools")
-TESTS = Path(__file__).parents[1]
 
+import families
+import fusing
+import mil_build as build
+import stock
 
-def _load(folder, name):
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, TESTS / folder / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, stock, build = (_load("coreml", n) for n in ("families", "stock", "mil_build"))
-fusing = _load("algebra", "fusing")
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = families.tokens(9)
 SMALL = 0.05  # of the weights, about: less than half a step of 4 bits
@@ -41,6 +30,7 @@ WAYS = {
     "lut4": {"palettize": 4},
     "groups": {"palettize": 3, "group_size": 16},
     "scaled": {"palettize": 4, "per_channel_scale": True},
+    "columns": {"palettize": 3, "group_size": 16, "axis": 1, "per_channel_scale": True},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "blocks": {"quantize": "int4", "group_size": 16},
@@ -67,12 +57,15 @@ def world(tmp_path_factory):
         "head": {"target_modules": ["lm_head", "q_proj"]},
         "saved": {"target_modules": ["q_proj"], "modules_to_save": ["k_proj"]},
         "norm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]},
         "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
     }.items():
         model, _ = families.saved("qwen2", room / "again")
         stock.trained(model, room / name, 3, **{"r": 4, "lora_alpha": 6, **options})
     weights = room / "head" / "adapter_model.safetensors"  # PEFT's copies of the base's own weights
     save_file({k: v for k, v in load_file(weights).items() if "lora_" in k}, weights)
+    weights = room / "tokens" / "adapter_model.safetensors"  # of the base's own rows others
+    save_file({k: -v if "token" in k else v for k, v in load_file(weights).items()}, weights)
     shutil.copytree(room / "large", room / "small")
     file = room / "small" / "adapter_config.json"
     given = json.loads(file.read_text())
@@ -114,7 +107,7 @@ def fused(cli, base, adapter, out, *words):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["large", "dora", "head", "norm", "bias"])
+@pytest.mark.parametrize("name", ["large", "dora", "head", "norm", "tokens", "bias"])
 def test_as_stock_peft_computes(cli, world, tmp_path, name):
     out = tmp_path / "out.mlpackage"
     said = fused(cli, world / "plain.mlpackage", world / name, out)
@@ -157,10 +150,10 @@ def test_several_adapters_weighted(cli, world, tmp_path):
 def _blocks(shape, way):
     """Rows and columns that share a table or scale."""
     high, wide = shape
-    rows = {"groups": 16, "scaled": 1, "int8": 1, "int4": 1, "blocks": 1, "old int8": 1}.get(
+    rows = {"groups": 16, "scaled": 1, "columns": 1, "int8": 1, "int4": 1, "blocks": 1, "old int8": 1}.get(
         way, high
     )
-    columns = 16 if way == "blocks" else wide
+    columns = 16 if way in ("blocks", "columns") else wide
     for i in range(0, high, rows):
         for j in range(0, wide, columns):
             yield slice(i, i + rows), slice(j, j + columns)
@@ -203,7 +196,7 @@ def test_codes_are_the_nearest(cli, world, tmp_path, way):
     build.quietly(build.ct.models.MLModel, str(out), skip_model_load=True)
 
 
-@pytest.mark.parametrize("way", ["lut4", "scaled", "blocks", "old lut4"])
+@pytest.mark.parametrize("way", ["lut4", "scaled", "columns", "blocks", "old lut4"])
 def test_remedies(cli, world, tmp_path, way):
     """Each keeps the form, costs what is said, and keeps more than rounding."""
     source = world / f"{way}.mlpackage"
@@ -289,23 +282,37 @@ def test_an_adapter_of_the_package_itself(cli, world, tmp_path):
     assert "no function of the base alone" in done.stderr
 
 
-def _sparse(path):
-    """The first table of a package with several numbers an entry, as far as its type says."""
+def _sparse(op):
+    """A table of several numbers an entry, as far as its type says."""
+    if "q_proj" in op.outputs[0].name:
+        op.type = "constexpr_lut_to_sparse"
+
+
+def _both_axes(op):
+    """Six tables of 16 rows as if they were of 48 rows and a third of the columns."""
+    rows, columns = op.inputs["lut"].arguments[0].value.type.tensorType.dimensions[:2]
+    if rows.constant.size == 6:
+        rows.constant.size, columns.constant.size = 2, 3
+
+
+def _changed(path, change):
+    """A package with other operations for its tables."""
     made = packages.read(path)
     for function in made.functions.values():
-        block = function.block_specializations[function.opset]
-        for op in block.operations:
-            if op.type == "constexpr_lut_to_dense" and "q_proj" in op.outputs[0].name:
-                op.type = "constexpr_lut_to_sparse"
+        for op in function.block_specializations[function.opset].operations:
+            if op.type == "constexpr_lut_to_dense":
+                change(op)
     made.spec_path.write_bytes(made.model.SerializeToString())
 
 
+CHANGED = {"sparse": ("lut4", _sparse), "axes": ("groups", _both_axes)}
 BAD = {
     "another base": ("lut4", "narrow", (), "made for another base"),
     "dtype": ("plain", "large", ("--dtype", "f32"), "its dtype is kept"),
     "remedy": ("plain", "large", ("--remedy", "bits"), "is not packed"),
     "replaced": ("lut4", "saved", (), "loraduct decompress"),
     "form": ("sparse", "large", (), "loraduct decompress"),
+    "axes": ("axes", "large", ("--remedy", "rescale"), "can't be made again"),
     "weight": ("plain", "dora:0.5", (), "a weight other than 1"),
     "overflow": ("plain", "large:1e9", (), "does not fit"),
     "nan": ("lut4", "large:1e38", (), "does not fit"),
@@ -318,10 +325,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_refused_in_one_line_and_nothing_written(cli, world, tmp_path, case):
     source, adapter, words, what = BAD[case]
-    path = tmp_path / "sparse.mlpackage" if source == "sparse" else world / f"{source}.mlpackage"
-    if source == "sparse":
-        shutil.copytree(world / "lut4.mlpackage", path)
-        _sparse(path)
+    path = (tmp_path if source in CHANGED else world) / f"{source}.mlpackage"
+    if source in CHANGED:
+        plain, change = CHANGED[source]
+        shutil.copytree(world / f"{plain}.mlpackage", path)
+        _changed(path, change)
     if adapter == "narrow":
         base = fusing.saved("llama", tmp_path / "other")
         fusing.trained(base, tmp_path / "narrow", target_modules=["q_proj"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
+import fusing
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,15 +14,6 @@ from mlx_lm.utils import load_model
 
 from loraduct.validation import survival
 
-
-def _beside(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fusing = _beside("fusing")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PARTS = ("weight", "scales", "biases")
 

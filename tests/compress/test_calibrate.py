@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,26 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import families  # noqa: E402
+
 from loraduct.converters import coreml as builder  # noqa: E402
 from loraduct.errors import Refused  # noqa: E402
 from loraduct.formats import base as base_folder  # noqa: E402
 from loraduct.formats.coreml import package as packages  # noqa: E402
 from loraduct.validation import calibrate  # noqa: E402
 
-
-def _load(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parents[1] / "coreml" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _load("families")
 ROWS = [families.tokens(n)[0].tolist() for n in (11, 7)]
 FORMS = {
     "any length": {},

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -31,21 +28,9 @@ from loraduct.formats.coreml import record
 pytest.importorskip("peft")
 pytest.importorskip("coremltools")
 
+import families
+import mil_build as build
 
-def _load(name: str) -> ModuleType:
-    """A helper of the Core ML tests."""
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parents[1] / "coreml" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, build = _load("families"), _load("mil_build")
 ct = build.ct
 
 TABLES = [

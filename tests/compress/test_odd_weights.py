@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,22 +12,9 @@ import pytest
 from loraduct.formats.coreml import package as packages
 
 pytest.importorskip("coremltools")
-TESTS = Path(__file__).parents[1]
 
+import mil_build as build
 
-def _load(name: str) -> ModuleType:
-    """A helper of the Core ML tests."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, TESTS / "coreml" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load("mil_build")
 ct, mb, types = build.ct, build.mb, build.types
 WAYS = (
     ["--palettize", "4"],

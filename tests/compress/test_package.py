@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,21 +21,10 @@ from loraduct.formats.coreml import package as packages
 pytest.importorskip("peft")
 pytest.importorskip("coremltools")
 
+import adapters
+import families
+import mil_build as build
 
-def _load(name: str) -> ModuleType:
-    """A helper of the Core ML tests."""
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parents[1] / "coreml" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters, build = _load("families"), _load("adapters"), _load("mil_build")
 ct, mb, types = build.ct, build.mb, build.types
 IDS = families.tokens(9)
 EVERY = "weight|^[AB]"  # tiny factors are left alone unless they are asked for

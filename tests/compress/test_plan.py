@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,8 @@ from click.testing import CliRunner
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+import families
 
 from loraduct.cli import main
 from loraduct.converters import bits, compress_plan, palette, palettize
@@ -30,20 +30,6 @@ from loraduct.formats import base as base_folder
 from loraduct.formats.coreml import package as packages
 from loraduct.validation import mil
 
-
-def _load(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parents[1] / "coreml" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _load("families")
 SHAPES = {"one": (32, 96), "two": (16, 128), "three": (48, 48)}
 RNG = np.random.default_rng(8)
 VALUES = {n: (RNG.normal(size=s) * (i + 1)).astype(np.float16)

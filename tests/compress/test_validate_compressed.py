@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,21 +18,9 @@ from loraduct.formats.coreml.blob import CODES
 
 pytest.importorskip("peft")
 
+import adapters
+import families
 
-def _load(name: str) -> ModuleType:
-    """A helper of the Core ML tests."""
-    if name in sys.modules:
-        return sys.modules[name]
-    path = Path(__file__).parents[1] / "coreml" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load("families"), _load("adapters")
 Cli = Callable[..., Any]
 EVERY = ("--include", "weight|^[AB]")  # tiny factors are left alone unless they are asked for
 # name -> (how the package is compressed, how the adapter is)

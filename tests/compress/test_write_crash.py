@@ -6,40 +6,27 @@ The faults are those of the folder writers' tests.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import adapters
+import families
 import numpy as np
 import pytest
+import test_atomic as atomic
+from kit import Kit
 
 from loraduct.converters import coreml
 from loraduct.formats import base as base_folder
 from loraduct.formats.coreml.package import read
 
 pytest.importorskip("peft")
-TESTS = Path(__file__).parents[1]
 
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"compress_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = (_load(TESTS / "coreml" / f"{n}.py") for n in ("families", "adapters"))
-atomic = _load(TESTS / "robustness" / "test_atomic.py")
-kit = _load(TESTS / "robustness" / "conftest.py").Kit()
+kit = Kit()
 RUNS: dict[str, list[str]] = {
     "compress": ["compress", "x.mlpackage", "-o", "new.mlpackage", "--palettize", "4"],
     "over an old one": [
@@ -66,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(world: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(TESTS)
+    monkeypatch.chdir(room.parent)
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
     for name in ("x.mlpackage", "old.mlpackage"):

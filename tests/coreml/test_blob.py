@@ -1,11 +1,15 @@
 """The weight file against coremltools' own reader and writer."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from loraduct import packing
 from loraduct.errors import Refused
 from loraduct.formats.coreml import blob
+from loraduct.formats.coreml.program import immediate_value, value_of
 
 # dtype -> (coremltools' method stem, numpy dtype of one value, smallest, largest)
 KINDS = {
@@ -175,3 +179,22 @@ def test_a_copy_and_an_append_keep_values(storage, tmp_path):
         1,
         2,
     ]
+
+
+@pytest.mark.parametrize("dtype", [d for d, kind in KINDS.items() if kind[1] in (np.int8, np.uint8)])
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_values_in_the_program_are_coremltools(dtype, count):
+    from coremltools.converters.mil.backend.mil.helper import create_tensor_value
+    from coremltools.converters.mil.mil import types
+
+    values = values_of(dtype, count)
+    theirs = create_tensor_value(values.astype(types.string_to_nptype(dtype.lower())))
+    ours = immediate_value(dtype, values)
+    assert ours.SerializeToString(deterministic=True) == theirs.SerializeToString(
+        deterministic=True
+    )
+    package = SimpleNamespace(spec_path=Path("x"))
+    np.testing.assert_array_equal(value_of(package, ours, "w"), values)
+    ours.immediateValue.tensor.bytes.values += b"\0"
+    with pytest.raises(Refused, match="w: holds .* bytes, its type says"):
+        value_of(package, ours, "w")

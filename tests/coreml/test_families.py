@@ -1,12 +1,11 @@
 """Packages of every family, in every form, against transformers' own logits."""
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 
@@ -14,10 +13,6 @@ from loraduct.converters import coreml
 from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
 from loraduct.formats.coreml import package, program
-
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).parent / "families.py")
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
 
 TOLERANCE = 2e-3  # of the logits' scale, FLOAT16 throughout
 FORMS = {

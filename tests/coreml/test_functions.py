@@ -1,10 +1,9 @@
 """Adapters as functions of packages of every family, all kinds of modules adapted, against PEFT."""
 
-import importlib.util
-from pathlib import Path
-
+import families
 import numpy as np
 import pytest
+import stock
 
 from loraduct.converters import coreml, packaging
 from loraduct.converters.package import Member
@@ -12,15 +11,6 @@ from loraduct.formats import base as base_folder
 from loraduct.formats.coreml import package
 from loraduct.validation import coreml as running
 
-
-def _beside(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, stock = _beside("families"), _beside("stock")
 TOLERANCE = 2e-3  # of the logits' scale
 PLAIN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

@@ -1,10 +1,9 @@
 """Adapters merged into a package's weights, or given as arguments, against stock PEFT."""
 
-import importlib.util
-from pathlib import Path
-
+import families
 import numpy as np
 import pytest
+import stock
 
 from loraduct.converters import coreml, extract
 from loraduct.converters.neutral import neutral
@@ -14,15 +13,6 @@ from loraduct.formats import read
 from loraduct.formats.safetensors_file import read_header
 from loraduct.tensor import Tensor
 
-
-def _beside(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, stock = _beside("families"), _beside("stock")
 TOLERANCE = 2e-3
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

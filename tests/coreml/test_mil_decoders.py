@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import mil_build as build
 import numpy as np
 import pytest
 import torch
@@ -15,20 +13,6 @@ import torch
 from loraduct.formats.coreml import package as packages
 from loraduct.validation import mil
 
-
-def _load(name: str) -> ModuleType:
-    """A helper beside this file; pytest's importlib mode can't import it by name."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load("mil_build")
 ct = build.ct
 LENGTH, VOCABULARY = 16, 96
 SMALL = {

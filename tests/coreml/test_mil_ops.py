@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import mil_build as build
 import numpy as np
 import pytest
+from mil_cases import CASES
 
 from loraduct.formats.coreml import package as packages
 from loraduct.validation import mil
 
-
-def _load(name: str) -> ModuleType:
-    """A helper beside this file; pytest's importlib mode can't import it by name."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load("mil_build")
-CASES = _load("mil_cases").CASES
 HALF_AWARE = [
     c for c in CASES
     if all(a.dtype == np.float32 for a in build.flat(c.inputs).values())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import mil_build as build
 import numpy as np
 import pytest
 
@@ -17,20 +16,6 @@ from loraduct.formats.coreml import package as packages
 from loraduct.validation import mil, mil_numbers
 from loraduct.validation.mil_numbers import Numbers, rounded, widened
 
-
-def _load(name: str) -> ModuleType:
-    """A helper beside this file; pytest's importlib mode can't import it by name."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load("mil_build")
 mb, types, ct = build.mb, build.types, build.ct
 HALF, FULL = np.float16, np.float32
 

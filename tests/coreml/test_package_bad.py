@@ -1,6 +1,5 @@
 """Packages that are broken or hostile: one line, nothing written, nothing outside touched."""
 
-import importlib.util
 import json
 import os
 import re
@@ -17,15 +16,9 @@ from loraduct.formats.coreml.record import KEY
 
 pytest.importorskip("peft")
 
+import adapters
+import families
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load("families"), _load("adapters")
 DATA = Path("Data") / "com.apple.CoreML"
 SPEC, WEIGHTS = DATA / "model.mlmodel", DATA / "weights" / "weight.bin"
 

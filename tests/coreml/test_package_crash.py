@@ -4,12 +4,15 @@ The faults are those of the folder writers' tests. Bytes behind what the program
 there after a kill; they are nobody's, and the next edit overwrites them.
 """
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import adapters
+import families
 import pytest
+import test_atomic as atomic
+from kit import Kit
 
 from loraduct.converters import coreml, package
 from loraduct.formats import base as base_folder
@@ -17,22 +20,8 @@ from loraduct.formats.coreml.package import read
 from loraduct.formats.coreml.record import KEY
 
 pytest.importorskip("peft")
-HERE = Path(__file__).parent
 
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location(f"package_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load(HERE / "families.py"), _load(HERE / "adapters.py")
-atomic = _load(HERE.parent / "robustness" / "test_atomic.py")
-kit = _load(HERE.parent / "robustness" / "conftest.py").Kit()
+kit = Kit()
 WEIGHTS, SPEC = "Data/com.apple.CoreML/weights/weight.bin", "Data/com.apple.CoreML/model.mlmodel"
 EDITS = {
     "add": ["add", "x.mlpackage", "two=second", "both=one+second:0.5"],

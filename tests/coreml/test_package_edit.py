@@ -1,7 +1,6 @@
 """Packages edited in place: what goes in comes out, nothing else moves, and what can't go in."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -23,15 +22,9 @@ from loraduct.formats.coreml.package import read
 
 pytest.importorskip("peft")
 
+import adapters
+import families
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load("families"), _load("adapters")
 ALL = "all-linear"
 KINDS = {
     "plain": (ALL, {}),

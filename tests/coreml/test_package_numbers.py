@@ -1,6 +1,5 @@
 """What a package's functions compute, against stock PEFT in float32."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -14,15 +13,10 @@ from loraduct.formats import read
 
 pytest.importorskip("peft")
 
+import adapters
+import families
+import stock
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters, stock = _load("families"), _load("adapters"), _load("stock")
 TOLERANCE = 1e-2  # of the logits' scale, FLOAT16 throughout; random adapters move them a lot
 EXACT = 1.5e-3  # only the weights, scales and norms in FLOAT16
 ALL = "all-linear"

@@ -1,6 +1,5 @@
 """Options of packages that meet: each is heeded or refused, none is dropped in silence."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,8 @@ from loraduct.validation import coreml as run
 
 pytest.importorskip("peft")
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load("families"), _load("adapters")
+import adapters
+import families
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What `inspect`, `list` and `validate` say of a package and of the adapters in it."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,15 +13,9 @@ from loraduct.formats import base as base_folder
 
 pytest.importorskip("peft")
 
+import adapters
+import families
 
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, adapters = _load("families"), _load("adapters")
 KINDS = {
     "plain": ("all-linear", {}),
     "patterns": ("all-linear", {"rank_pattern": {"q_proj": 2}}),

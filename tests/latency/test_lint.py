@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import mil_build
 import numpy as np
 import pytest
 
 from loraduct.formats.coreml.package import read
 from loraduct.validation.ane_lint import RULES, lint
 
-_spec = importlib.util.spec_from_file_location(
-    "mil_build_for_lint", Path(__file__).parent.parent / "coreml/mil_build.py"
-)
-mil_build = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = mil_build  # its dataclasses look themselves up
-_spec.loader.exec_module(mil_build)
 mb, types = mil_build.mb, mil_build.types
 
 HALF = np.float16

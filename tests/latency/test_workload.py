@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import mil_build
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -19,13 +18,6 @@ from loraduct.formats import base as base_folder
 from loraduct.formats import read
 from loraduct.formats.coreml.package import read as read_package
 from loraduct.validation import workload
-
-_spec = importlib.util.spec_from_file_location(
-    "mil_build_for_loads", Path(__file__).parent.parent / "coreml/mil_build.py"
-)
-mil_build = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = mil_build  # its dataclasses look themselves up
-_spec.loader.exec_module(mil_build)
 
 LAYERS, HIDDEN, INNER, VOCABULARY, NARROW = 2, 64, 128, 160, 32
 # of the tiny llama, by hand: q and o, k and v, three of the feed-forward

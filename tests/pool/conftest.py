@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-
-def _load(folder, name):
-    file = Path(__file__).parent.parent / folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"pool_{name}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +13,17 @@ def fusing():
     import torch
 
     torch.set_num_threads(1)
-    return _load("algebra", "fusing")
+    import fusing
+
+    return fusing
 
 
 @pytest.fixture(scope="session")
 def peers():
     pytest.importorskip("mlx_lm")
-    return _load("conformance", "peers")
+    import peers
+
+    return peers
 
 
 @pytest.fixture(scope="session")

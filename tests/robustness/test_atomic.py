@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 MUTATING = {
     "chmod", "copy_file_range", "fchmod", "fdatasync", "fsync", "ftruncate", "link", "makedirs",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 CONFIG = r"adapter_config\.json"
 MISSING: Any = ...

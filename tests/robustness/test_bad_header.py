@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 Rewrite = Callable[[bytes], bytes]
 MODULE = r"layers\.0\.self_attn\.q_proj"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 Change = Callable[["Folder"], Any]
 MODULE = r"layers\.0\.self_attn\.q_proj"

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 # Reproducible in CI, and nothing is stored between runs.
 FUZZ = settings(

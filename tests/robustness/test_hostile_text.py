@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit
+    from kit import Folder, Kit
 
 TEXTS = {
     "ansi": "\x1b[31mred\x1b[0m", "title": "\x1b]0;title\x07", "newline": "x\nerror: forged",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tests.robustness.conftest import Folder, Kit, Outcome
+    from kit import Folder, Kit, Outcome
 
 
 def tree(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import edited, failed, read
 
 Cli = Callable[..., Any]
@@ -315,6 +312,8 @@ def test_regressions(world: Any, cli: Cli, tmp_path: Path) -> None:
         ("{}", "is no document of loraduct validate --json"),
         ("no", "is not JSON"),
         (json.dumps(old | {"suites": []}), "no number that was measured now"),
+        (json.dumps(old | {"suites": [{"name": []}]}), "no number that was measured now"),
+        (json.dumps(old | {"suites": [{"name": "size", "numbers": {"bytes": 10**400}}]}), "no number"),
     ):
         file.write_text(content)
         result = cli(*words, "--regress-from", file)
