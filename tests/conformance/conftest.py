@@ -1,14 +1,11 @@
 """Fixtures of the conformance tests: tiny bases, stock peers, and our command line.
 
-Two helper modules lie beside this file. Under pytest's importlib mode they can't be imported by
-name, so they are loaded by path here and reach the tests as the fixtures `zoo` and `peers`.
+The peers' libraries are imported only where a test asks for the fixture `peers`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
+import tuners as _tuners
+import zoo as _zoo
 
 HERE = Path(__file__).parent
 VARIANTS = ("lora", "rslora", "dora", "patterns")
 MIXED = ("rslora-patterns", "dora-patterns")
 MIXED_ON = ("llama", "phi3", "qwen2", "starcoder2")
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"conformance_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-_zoo = _load("zoo")
-_tuners = _load("tuners")  # test modules import it as conformance_tuners
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,7 +48,9 @@ def zoo() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def peers() -> ModuleType:
-    return _load("peers")
+    import peers
+
+    return peers
 
 
 @pytest.fixture(params=sorted(_zoo.ARCHITECTURES))

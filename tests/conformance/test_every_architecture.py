@@ -7,10 +7,8 @@ refused by name. A model type of the table is in one of the zoos, or in NOT_RUN 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,23 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo_moe
+import zoo_more as more
+from zoo import ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Convert = Callable[..., Path]
 HERE = Path(__file__).parent
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"every_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-more = _load("zoo_more")
 NAMES = sorted(more.MORE)
 TRAINED = sorted(more.MORE.keys() - more.UNTRAINED.keys())
 BACK = [(name, pattern) for name in TRAINED for pattern in more.MORE[name].refused_back]
@@ -72,8 +62,8 @@ def test_every_model_type_is_in_one_list() -> None:
     """Nothing in the table is left out in silence."""
     table = json.loads((HERE.parents[1] / "core" / "architectures.json").read_bytes())["models"]
     lists = [
-        set(_load("zoo").ARCHITECTURES),
-        set(_load("zoo_moe").MOE),
+        set(ARCHITECTURES),
+        set(zoo_moe.MOE),
         set(more.MORE),
         set(more.NOT_RUN),
     ]

@@ -6,9 +6,7 @@ have the right shape: only the logits of the stock libraries tell.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from zoo_moe import MOE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Convert = Callable[..., Path]
@@ -24,17 +23,6 @@ HERE = Path(__file__).parent
 PREFIX = "base_model.model."
 
 
-def _zoo_moe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance_zoo_moe", HERE / "zoo_moe.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-MOE: dict[str, Any] = _zoo_moe().MOE
 # mlx-lm 0.32.2 can't load what transformers saves of gpt_oss, and can't train phimoe's router
 RUN = sorted(MOE.keys() - {"gpt_oss"})
 FROM_MLX = sorted(MOE.keys() - {"gpt_oss", "phimoe"})

@@ -6,10 +6,8 @@ test_every_architecture.py; here is what happens when the base is missing, or is
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,27 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo_more as more
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Refused = Callable[..., str]
 Convert = Callable[..., Path]
 WITHOUT = "granitemoehybrid without experts"
 EXPERTS = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
-
-
-def _zoo_more() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "by_base_zoo_more", Path(__file__).parent / "zoo_more.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-more = _zoo_more()
 
 
 @pytest.fixture(scope="module")

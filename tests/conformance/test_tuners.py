@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance_tuners import (
+from tuners import (
     CASES,
     DENSE,
     EVERY,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance_tuners import (
+from tuners import (
     TARGETS,
     assert_same,
     config_of,

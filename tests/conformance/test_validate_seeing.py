@@ -3,10 +3,8 @@ keep older names than the live model has."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,24 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import test_every_architecture as every
 import torch
+import zoo_more as more
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"seeing_{name}", HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-more = _load("zoo_more")
-every = _load("test_every_architecture")
 WITHOUT_CAUSAL = (
     "kimi_k25",
     "llava",
