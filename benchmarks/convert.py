@@ -20,13 +20,11 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
+    show,
     sync_file,
-    table_text,
-    target_table,
     warm_page_cache,
 )
 from synthetic import CACHE, RANKS, SMALL, WEIGHTS, adapter_folder, prepare
@@ -183,10 +181,7 @@ def measure_all(ranks: tuple[int, ...] = RANKS) -> tuple[list[Table], list[Targe
 
 def main() -> None:
     """`python convert.py [RANK ...]`."""
-    tables, targets = measure_all(tuple(int(word) for word in sys.argv[1:]) or RANKS)
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all(tuple(int(word) for word in sys.argv[1:]) or RANKS))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
-    table_text,
-    target_table,
+    show,
     warm_page_cache,
 )
 from synthetic import CACHE, EXPERTS, MOE, MOE_BASE, MOE_HIDDEN, MOE_RANK, WEIGHTS
@@ -73,10 +71,7 @@ def measure_all() -> tuple[list[Table], list[Target]]:
 
 def main() -> None:
     """`python experts.py`."""
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

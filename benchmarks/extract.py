@@ -22,11 +22,9 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     run_child,
     script,
-    table_text,
-    target_table,
+    show,
     warm_page_cache,
 )
 from synthetic import CACHE
@@ -110,10 +108,7 @@ def measure_all() -> tuple[list[Table], list[Target]]:
 
 def main() -> None:
     """`python extract.py`."""
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import statistics
 import sys
 from dataclasses import replace
 
-from measure import Table, Target, is_met, table_text, target_table
+from measure import Table, Target, show
 
 from loraduct.validation import forecast as fc
-from loraduct.validation.devices import Device, built_in
+from loraduct.validation.devices import built_in
 from loraduct.validation.workload import Workload
 
 KNOWN = built_in()
@@ -48,44 +48,44 @@ MODELS = {
     "L3.2-3B 4 bits": (1.81e9, 3.21e9, 28, 3072),
     "Qwen3-4B 4 bits": (2.26e9, 4.02e9, 36, 4096),
 }
-# chip, other bandwidth (GB/s) or 0, other TFLOPS or 0, model, tg, pp (0: none), tokens, source
+# chip, other TFLOPS or 0, model, tg, pp (0: none), tokens, source
 FITTED = [
-    ("M1", 0, 0, "L2-7B Q4_0", 14.15, 118, 512, "4167"),
-    ("M1 Max", 0, 0, "L2-7B Q4_0", 61.19, 0, 512, "4167"),
-    ("M2 Max", 0, 0, "L2-7B Q4_0", 65.95, 0, 512, "4167"),
-    ("M1 Ultra", 0, 0, "L2-7B Q4_0", 83.73, 1030, 512, "4167"),
-    ("M2 Ultra", 0, 0, "L2-7B Q4_0", 94.27, 1238, 512, "4167"),
-    ("M3 Ultra", 0, 0, "L2-7B Q4_0", 92.1, 1471, 512, "4167"),
-    ("M4", 0, 0, "L2-7B Q4_0", 24, 221, 512, "4167"),
-    ("M4 Pro", 0, 0, "L2-7B Q4_0", 50.7, 440, 512, "4167"),
-    ("M4 Max", 0, 0, "L2-7B Q4_0", 83.1, 886, 512, "4167"),
-    ("M5 Max", 0, 18.4, "L2-7B Q4_0", 102.9, 987, 512, "4167"),  # without its matrix units
+    ("M1", 0, "L2-7B Q4_0", 14.15, 118, 512, "4167"),
+    ("M1 Max", 0, "L2-7B Q4_0", 61.19, 0, 512, "4167"),
+    ("M2 Max", 0, "L2-7B Q4_0", 65.95, 0, 512, "4167"),
+    ("M1 Ultra", 0, "L2-7B Q4_0", 83.73, 1030, 512, "4167"),
+    ("M2 Ultra", 0, "L2-7B Q4_0", 94.27, 1238, 512, "4167"),
+    ("M3 Ultra", 0, "L2-7B Q4_0", 92.1, 1471, 512, "4167"),
+    ("M4", 0, "L2-7B Q4_0", 24, 221, 512, "4167"),
+    ("M4 Pro", 0, "L2-7B Q4_0", 50.7, 440, 512, "4167"),
+    ("M4 Max", 0, "L2-7B Q4_0", 83.1, 886, 512, "4167"),
+    ("M5 Max", 18.4, "L2-7B Q4_0", 102.9, 987, 512, "4167"),  # without its matrix units
 ]
 TESTED = [
-    ("M1", 0, 2.28, "L3-8B Q4_K_M", 10.20, 94.48, 512, "XD"),
-    ("M1 Max", 0, 0, "L3-8B Q4_K_M", 35.73, 408, 512, "XD"),
-    ("M1 Max", 0, 0, "L3-8B F16", 18.75, 517, 512, "XD"),
-    ("M1 Max", 0, 0, "L3-70B Q4_K_M", 4.34, 35, 512, "XD"),
-    ("M1 Max", 0, 7.8, "L2-7B Q4_0", 48.65, 200, 512, "XD"),
-    ("M2 Ultra", 0, 0, "L3-8B Q4_K_M", 78.81, 994, 512, "XD"),
-    ("M2 Ultra", 0, 0, "L2-7B Q4_0", 91.89, 1217, 512, "XD"),
-    ("M2 Ultra", 0, 0, "L2-7B F16", 40.68, 1380, 512, "XD"),
-    ("M2 Ultra", 0, 0, "L2-70B Q4_0", 14.37, 133, 512, "XD"),
-    ("M3", 0, 0, "L2-7B Q4_0", 20.79, 185, 512, "XD"),
-    ("M3 Max", 0, 0, "L2-7B Q4_0", 63.11, 741, 512, "XD"),
-    ("M3 Max", 0, 0, "L2-7B F16", 24.76, 761, 512, "XD"),
-    ("M3 Max", 0, 0, "L3-8B F16", 22.04, 770, 512, "XD"),
-    ("M3 Max", 0, 0, "L3-70B Q4_K_M", 7.65, 70, 512, "XD"),
-    ("M4", 0, 0, "L3-8B Q4_K_M", 20.87, 225, 512, "NB"),
-    ("M1 Max", 0, 0, "L3-8B Q4_K_M", 46.2, 500, 512, "NB"),
-    ("M2 Pro", 0, 0, "L3-8B Q4_K_M", 33.0, 0, 512, "LF"),
-    ("M2 Pro", 0, 0, "L3-8B Q8_0", 22.0, 0, 512, "LF"),
-    ("M1 Ultra", 0, 0, "TinyLlama Q4_K_M", 242.56, 5588, 512, "GG"),
-    ("M4 Max", 0, 0, "L3.2-3B 4 bits", 208.0, 0, 512, "JR"),
-    ("M5", 0, 0, "Mistral 7B Q4_0", 26.59, 0, 512, "16634"),  # its pp made the table's TFLOPS
-    ("M5", 0, 0, "phi-2 Q4_0", 64.11, 1481, 512, "16634"),
-    ("M5", 0, 0, "TinyLlama Q4_0", 149.69, 3959, 512, "16634"),
-    ("M3 Pro", 0, 5.0, "Qwen3-4B 4 bits", 44.62, 615, 2048, "1569"),
+    ("M1", 2.28, "L3-8B Q4_K_M", 10.20, 94.48, 512, "XD"),
+    ("M1 Max", 0, "L3-8B Q4_K_M", 35.73, 408, 512, "XD"),
+    ("M1 Max", 0, "L3-8B F16", 18.75, 517, 512, "XD"),
+    ("M1 Max", 0, "L3-70B Q4_K_M", 4.34, 35, 512, "XD"),
+    ("M1 Max", 7.8, "L2-7B Q4_0", 48.65, 200, 512, "XD"),
+    ("M2 Ultra", 0, "L3-8B Q4_K_M", 78.81, 994, 512, "XD"),
+    ("M2 Ultra", 0, "L2-7B Q4_0", 91.89, 1217, 512, "XD"),
+    ("M2 Ultra", 0, "L2-7B F16", 40.68, 1380, 512, "XD"),
+    ("M2 Ultra", 0, "L2-70B Q4_0", 14.37, 133, 512, "XD"),
+    ("M3", 0, "L2-7B Q4_0", 20.79, 185, 512, "XD"),
+    ("M3 Max", 0, "L2-7B Q4_0", 63.11, 741, 512, "XD"),
+    ("M3 Max", 0, "L2-7B F16", 24.76, 761, 512, "XD"),
+    ("M3 Max", 0, "L3-8B F16", 22.04, 770, 512, "XD"),
+    ("M3 Max", 0, "L3-70B Q4_K_M", 7.65, 70, 512, "XD"),
+    ("M4", 0, "L3-8B Q4_K_M", 20.87, 225, 512, "NB"),
+    ("M1 Max", 0, "L3-8B Q4_K_M", 46.2, 500, 512, "NB"),
+    ("M2 Pro", 0, "L3-8B Q4_K_M", 33.0, 0, 512, "LF"),
+    ("M2 Pro", 0, "L3-8B Q8_0", 22.0, 0, 512, "LF"),
+    ("M1 Ultra", 0, "TinyLlama Q4_K_M", 242.56, 5588, 512, "GG"),
+    ("M4 Max", 0, "L3.2-3B 4 bits", 208.0, 0, 512, "JR"),
+    ("M5", 0, "Mistral 7B Q4_0", 26.59, 0, 512, "16634"),  # its pp made the table's TFLOPS
+    ("M5", 0, "phi-2 Q4_0", 64.11, 1481, 512, "16634"),
+    ("M5", 0, "TinyLlama Q4_0", 149.69, 3959, 512, "16634"),
+    ("M3 Pro", 5.0, "Qwen3-4B 4 bits", 44.62, 615, 2048, "1569"),
 ]
 # Core ML on an M1 Max's GPU: Llama 3.1 8B, context of the buffer, tokens/s
 ACL_FITTED = [
@@ -102,12 +102,10 @@ ANE_PEAKS = [("M1", 2.70, "AF"), ("M1 Max", 4.56, "AF"), ("M2 Pro", 3.26, "AF"),
              ("M5 Pro", 2 * 0.6e9 * 128 / 12.5e-3 / 1e12, "FL")]  # fmt: skip
 
 
-def point(row: tuple[str, float, float, str, float, float, int, str]) -> fc.Point:
+def point(row: tuple[str, float, str, float, float, int, str]) -> fc.Point:
     """A row of the tables; 128 tokens are generated, so 64 stand before the average one."""
-    chip, bandwidth, tflops, model, tg, pp, tokens, _ = row
+    chip, tflops, model, tg, pp, tokens, _ = row
     device = KNOWN[chip]
-    if bandwidth:
-        device = replace(device, bandwidth=bandwidth * 1e9)
     if tflops:
         device = replace(device, flops=tflops * 1e12)
     read, macs, layers, width = MODELS[model]
@@ -140,12 +138,13 @@ def rows_of(engine: fc.Engine, rows: list[tuple], which: str) -> list[list[str]]
     """Measured and forecast, a line each."""
     lines = []
     for row in rows:
+        chip, _, model, measured, prompt, _, source = row
         p = point(row)
         tg = 1 / fc.decode_seconds(p.load, p.device, engine, p.context)
         pp = p.prompt / fc.prompt_seconds(p.load, p.device, engine, p.prompt)
         lines.append(
-            [f"{row[0]}, {row[3]} [{row[7]}]", which, f"{row[4]:.1f}", f"{tg:.1f}", f"{tg / row[4] - 1:+.0%}",
-             *([f"{row[5]:.0f}", f"{pp:.0f}", f"{pp / row[5] - 1:+.0%}"] if row[5] else ["", "", ""])]
+            [f"{chip}, {model} [{source}]", which, f"{measured:.1f}", f"{tg:.1f}", f"{tg / measured - 1:+.0%}",
+             *([f"{prompt:.0f}", f"{pp:.0f}", f"{pp / prompt - 1:+.0%}"] if prompt else ["", "", ""])]
         )  # fmt: skip
     return lines
 
@@ -199,17 +198,9 @@ def measure_all() -> tuple[list[Table], list[Target]]:
     return [gpu_table, core_table, ane_table, summary], targets
 
 
-def device(name: str) -> Device:
-    """For tests."""
-    return KNOWN[name]
-
-
 def main() -> int:
     """Print, and name what was missed."""
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    return 0 if all(map(is_met, targets)) else 3
+    return show(*measure_all())
 
 
 if __name__ == "__main__":

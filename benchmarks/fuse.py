@@ -20,13 +20,11 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
+    show,
     sync_file,
-    table_text,
-    target_table,
     warm_page_cache,
 )
 from synthetic import CACHE
@@ -186,10 +184,7 @@ def measure_all() -> tuple[list[Table], list[Target]]:
 
 def main() -> None:
     """`python fuse.py`."""
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

@@ -21,12 +21,10 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
-    table_text,
-    target_table,
+    show,
 )
 
 REPO = Path(__file__).resolve().parent.parent
@@ -144,10 +142,7 @@ def main() -> None:
     if sys.argv[1:]:
         {OURS: ours, THEIRS: theirs}[sys.argv[1]]()
         return
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 Target = tuple[str, float, str, float]  # name, measured value, "<=" or ">=", limit
 
 BYTECODE = Path(__file__).resolve().parent.parent / ".cache" / "bench" / "pycache"
+MISSED = 3  # the exit code when a target is missed
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
@@ -180,3 +181,14 @@ def target_table(targets: list[Target]) -> Table:
         )
     ]
     return "Targets", ["what", "measured", "target", "met"], rows
+
+
+def show(tables: list[Table], targets: list[Target]) -> int:
+    """Print the tables, the targets and the machine; MISSED if a target is missed, each named."""
+    for table in [*tables, target_table(targets)]:
+        print(table_text(table))
+    print("\n".join(machine()))
+    missed = [target for target in targets if not is_met(target)]
+    for name, value, relation, limit in missed:
+        print(f"missed: {name} is {value:.2f}, target {relation} {limit:g}", file=sys.stderr)
+    return MISSED if missed else 0

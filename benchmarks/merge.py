@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from measure import Sample, Table, Target, run_child, table_text, target_table
+from measure import Sample, Table, Target, run_child, show
 
 HIDDEN, KV, INNER, RANK = 3072, 1024, 8192, 16
 BLOCK = {
@@ -151,9 +151,7 @@ def main() -> None:
     if side:
         print(json.dumps(SIDES[side]()))
         return
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

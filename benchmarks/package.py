@@ -25,13 +25,11 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
+    show,
     sync_file,
-    table_text,
-    target_table,
     warm_page_cache,
 )
 from synthetic import CACHE, adapter_config, write_folder
@@ -277,10 +275,7 @@ def main() -> None:
     if sys.argv[1:] == ["prepare"]:
         write_all()
         return
-    tables, targets = measure_all()
-    for one in [*tables, target_table(targets)]:
-        print(table_text(one))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

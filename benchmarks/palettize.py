@@ -30,14 +30,11 @@ from measure import (
     Target,
     best,
     interleaved,
-    is_met,
     largest,
-    machine,
     median,
     run_child,
     script,
-    table_text,
-    target_table,
+    show,
     warm_page_cache,
 )
 from synthetic import CACHE
@@ -312,11 +309,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, action="append", choices=BITS)
     parser.add_argument("--large", action="store_true", help="a base of 2 GB too")
     options = parser.parse_args()
-    tables, targets = measure_all(tuple(options.bits or BITS), options.all, options.large)
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
-    return 0 if all(map(is_met, targets)) else 3
+    return show(*measure_all(tuple(options.bits or BITS), options.all, options.large))
 
 
 def child(words: list[str]) -> None:

@@ -8,23 +8,19 @@ from pathlib import Path
 
 import convert
 import experts
+import extract
+import forecast
 import fuse
 import interpreter
 import merge
 import package
+import palettize
 import startup
-from measure import (
-    Table,
-    Target,
-    is_met,
-    machine,
-    table_markdown,
-    table_text,
-    target_table,
-)
+import swap
+from measure import Table, Target, machine, show, table_markdown, target_table
 from synthetic import RANKS
 
-MISSED = 3
+OTHERS = (experts, interpreter, merge, package, fuse, extract, palettize, swap, forecast)
 NOTE = (
     "Made by `{command}`. Times run until the file is on the disk (fsync) with the source in the"
     " page cache; competitors are interleaved, and ratios and targets compare the best runs."
@@ -34,23 +30,8 @@ NOTE = (
 
 def measure_all(ranks: tuple[int, ...]) -> tuple[list[Table], list[Target]]:
     """Tables and targets of every benchmark."""
-    start_tables, start_targets = startup.measure_all()
-    tables, targets = convert.measure_all(ranks)
-    moe_tables, moe_targets = experts.measure_all()
-    run_tables, run_targets = interpreter.measure_all()
-    merge_tables, merge_targets = merge.measure_all()
-    edit_tables, edit_targets = package.measure_all()
-    fuse_tables, fuse_targets = fuse.measure_all()
-    return (
-        start_tables + tables + moe_tables + run_tables + merge_tables + edit_tables + fuse_tables,
-        start_targets
-        + targets
-        + moe_targets
-        + run_targets
-        + merge_targets
-        + edit_targets
-        + fuse_targets,
-    )
+    found = [startup.measure_all(), convert.measure_all(ranks), *(b.measure_all() for b in OTHERS)]
+    return [t for tables, _ in found for t in tables], [t for _, targets in found for t in targets]
 
 
 def markdown(tables: list[Table], command: str) -> str:
@@ -72,16 +53,10 @@ def main() -> int:
     """Measure, print, and name what was missed."""
     options = arguments()
     tables, targets = measure_all(tuple(options.rank or RANKS))
-    tables.append(target_table(targets))
-    for table in tables:
-        print(table_text(table))
-    print("\n".join(machine()))
     if options.markdown:
-        options.markdown.write_text(markdown(tables, "make bench"), encoding="utf-8")
-    missed = [target for target in targets if not is_met(target)]
-    for name, value, relation, limit in missed:
-        print(f"missed: {name} is {value:.2f}, target {relation} {limit:g}", file=sys.stderr)
-    return MISSED if missed else 0
+        whole = [*tables, target_table(targets)]
+        options.markdown.write_text(markdown(whole, "make bench"), encoding="utf-8")
+    return show(tables, targets)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
     script,
-    table_text,
-    target_table,
+    show,
 )
 from synthetic import adapter_folder, prepare
 
@@ -74,10 +72,7 @@ def measure_all() -> tuple[list[Table], list[Target]]:
 
 def main() -> None:
     """`python startup.py`."""
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":

@@ -23,11 +23,9 @@ from measure import (
     best,
     interleaved,
     largest,
-    machine,
     median,
     run_child,
-    table_text,
-    target_table,
+    show,
 )
 from synthetic import CACHE
 
@@ -159,10 +157,7 @@ def main() -> None:
         way, folders = sys.argv[2], sys.argv[3:]
         times = (theirs if way in (LOAD, HOT) else ours)(way, folders)
         return print(f"times={json.dumps(times)}")
-    tables, targets = measure_all()
-    for table in [*tables, target_table(targets)]:
-        print(table_text(table))
-    print("\n".join(machine()))
+    show(*measure_all())
 
 
 if __name__ == "__main__":
