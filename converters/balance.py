@@ -7,8 +7,8 @@ where both norms of each rank are equal; over all invertible R, b R^-1 and R a, 
 dW's nuclear norm, at a = S^1/2 V' and b = U S^1/2 (dW = U S V').
 
 In trained adapters it is often otherwise: a is close to the uniform numbers it began with, which tables
-fit better than the bell that any rotation makes of them, and ranks are alike. So ``best`` tries the
-forms and keeps the one whose dW comes out best.
+fit better than the bell that any rotation makes of them, and ranks are alike. So `compress_factors.best`
+tries the forms and keeps the one whose dW comes out best.
 """
 
 from __future__ import annotations
@@ -74,16 +74,3 @@ def loss(a: Any, b: Any, other_a: Any, other_b: Any) -> float:
     products, rank = (left.T @ left) * (right @ right.T), len(a)
     size = float(products[:rank, :rank].sum())
     return float(np.sqrt(max(float(products.sum()), 0.0) / size)) if size else 0.0
-
-
-def best(a: Any, b: Any, compress: Callable[[Any], Any]) -> tuple[str, tuple[Any, Any], float]:
-    """(which of FORMS, its factors a (r, in) and b (out, r), the relative error of dW) with the least
-    error. ``compress`` gives a factor (float32) as it is read back after compression."""
-    import numpy as np
-
-    tried = []
-    for name, form in FORMS.items():
-        pair = tuple(np.asarray(x, np.float32) for x in form(a, b))
-        tried.append((loss(a, b, *map(compress, pair)), name, pair))
-    error, name, (one, two) = min(tried, key=lambda found: found[0])
-    return name, (one, two), error

@@ -1,15 +1,12 @@
-"""What is said of a base that was compressed, and which of its tensors are meant."""
+"""What is said of a base that was compressed."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraduct.converters.compress_wanted import Wanted
-from loraduct.errors import Refused
 from loraduct.text import printable, size
 
 
@@ -62,14 +59,3 @@ class Outcome:
             "files": self.files,
             "notes": list(self.notes),
         }
-
-
-def selected(name: str, wanted: Wanted) -> bool:
-    """Whether --include and --exclude leave a tensor in."""
-    for regex, keep in ((wanted.include, True), (wanted.exclude, False)):
-        try:
-            if regex is not None and (re.search(regex, name) is not None) != keep:
-                return False
-        except re.error as e:
-            raise Refused(None, f"{printable(str(regex))!r}: {e}") from None
-    return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from loraduct.converters import kmeans, palettize
@@ -101,16 +102,20 @@ def plan(
         key=lambda step: (-step[0], step[1], step[2]),
     )
     taken = dict.fromkeys(ways, 0)
-    nbytes, slope, curve = least, 0.0, [(least, _error(ways, taken))]
-    greedy = dict(taken)
-    full = False
+    greedy, nbytes, slope, full = dict(taken), least, 0.0, False
+    sizes, gains = [least], list[float]()
     for gain, name, at in steps:
+        before, after = ways[name][taken[name]], ways[name][at]
         taken[name] = at
-        curve.append((_bytes(ways, taken), _error(ways, taken)))
-        if not full and curve[-1][0] > size:
+        sizes.append(sizes[-1] + after.nbytes - before.nbytes)
+        gains.append(before.error - after.error)
+        if not full and sizes[-1] > size:
             full, slope = True, gain
         if not full:
-            greedy, nbytes = dict(taken), curve[-1][0]
+            greedy[name], nbytes = at, sizes[-1]
+    # summed from the last plan on, whose error may be 0: differences would leave a rest of it
+    errors = list(accumulate(reversed(gains), initial=_error(ways, taken)))
+    curve = list(zip(sizes, reversed(errors), strict=True))
     greedy = _filled(ways, greedy, size - nbytes)
     best, exact = (greedy, True) if not full else _exact(ways, size, slope, greedy)
     return Plan(

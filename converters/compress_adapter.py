@@ -18,8 +18,7 @@ from typing import Any
 from loraduct import origin
 from loraduct.adapter import Adapter
 from loraduct.converters import balance, bits
-from loraduct.converters.base_report import selected
-from loraduct.converters.compress_factors import Coded, Pair, best, losses, pairs
+from loraduct.converters.compress_factors import PROBE, Coded, Pair, best, losses, pairs
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.convert import Options as Conversion
 from loraduct.converters.convert import convert
@@ -34,7 +33,6 @@ from loraduct.text import printable, size
 
 KEPT = 0.99  # cosine of the logit effect, below which another width is looked for
 WIDER = (4, 6, 8)  # widths that are tried then
-_PROBE = 3  # bits at which a module's form is chosen for a plan
 _PLANNED = (2, 3, 4, 6, 8)
 _SLACK = 64  # bytes that a header may vary by
 _READ = {"peft": peft.read_weights, "mlx": mlx.read_weights}
@@ -138,7 +136,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
     adapter = read_adapter(target, options)
     _check_adapter(adapter)
     weights, tensors, metadata = _READ[adapter.format](where, options)
-    held = [p for p in pairs(adapter, tensors) if selected(p.name, wanted)]
+    held = [p for p in pairs(adapter, tensors) if wanted.left_out([p.name]) is None]
     if not held:
         raise Refused(adapter.weights, "holds no factors of LoRA to compress")
     group = wanted.group_size or 0
@@ -205,6 +203,7 @@ def decompress(target: Path, output: Path, *, force: bool) -> Expanded:
 def _check_wanted(target: Path, wanted: Wanted) -> None:
     """Refuse what adapters don't have."""
     odd = {
+        **{option: (given, "is for packages") for option, given in wanted.of_tables.items()},
         "--adapter-bits": (wanted.adapter_bits, "is for packages; use --palettize"),
         "--per-channel-scale": (wanted.per_channel_scale, "is not for adapters: their ranks are"
                                 " balanced anyway"),
@@ -228,8 +227,8 @@ def _check_adapter(adapter: Adapter) -> None:
         what = adapter.technique or adapter.format
         raise Refused(adapter.weights, f"is {what}: convert it to LoRA first (convert --to peft)")
     if adapter.format == "peft" and peft_config.moves_base(adapter.config):
-        way = adapter.config["init_lora_weights"]
-        what = f"init_lora_weights is {way!r}, which moved the base: convert it first (--initial)"
+        way = peft_config.began(adapter.config)
+        what = f"{way}: training moved the base; convert it first (--initial, or --base for KaSA)"
         raise Refused(adapter.path, what)
     if not (adapter.path / CONFIG).exists():
         raise Refused(adapter.path, f"has no {CONFIG}: convert it first (convert --to peft)")
@@ -295,20 +294,20 @@ def _bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 def _widths(
     held: Sequence[Pair], made: _Made, wanted: Wanted
 ) -> list[tuple[Pair, int, tuple[str, ...]]]:
-    """(pair, bits, the forms to try) of each module: one width, or the plan of least error."""
+    """(pair, bits, the forms to try) of each module: one width, or the plan of least error.
+
+    What is tried for a plan is not kept: all widths together are larger than the adapter was.
+    """
     if wanted.palettize or wanted.quantize:
         width = wanted.palettize or int((wanted.quantize or "")[3:])
         return [(p, width, tuple(balance.FORMS)) for p in held]
-    count = {p.name: sum(prod(t.stored_shape) for t in _stored(p)) for p in held}
-    probes = {p.name: best(p, _PROBE, "lut", 0) for p in held}
-    choices, error = dict[str, list[bits.Choice]](), dict[str, float]()
+    count = {p.name: sum(prod(t.stored_shape) for t in p.stored) for p in held}
+    probes = {p.name: best(p, PROBE, "lut", 0) for p in held}
+    choices = dict[str, list[bits.Choice]]()
     for p in held:
-        form = (probes[p.name].form,)
-        error[p.name] = losses(p.update, p.update)[1] ** 2
-        tried = {w: probes[p.name] if w == _PROBE else best(p, w, "lut", 0, form) for w in _PLANNED}
-        choices[p.name] = [
-            bits.Choice(w, f.nbytes, f.loss**2 * error[p.name]) for w, f in tried.items()
-        ]
+        form, square = (probes[p.name].form,), losses(p.update, p.update)[1] ** 2
+        tried = {w: probes[p.name] if w == PROBE else best(p, w, "lut", 0, form) for w in _PLANNED}
+        choices[p.name] = [bits.Choice(w, f.nbytes, f.loss**2 * square) for w, f in tried.items()]
     if wanted.bits_per_weight:
         room = bits.size_of(count, wanted.bits_per_weight)
     else:
@@ -321,7 +320,3 @@ def _widths(
         (p, int(plan.widths[p.name]), tuple(dict.fromkeys((probes[p.name].form, "plain"))))
         for p in held
     ]
-
-
-def _stored(pair: Pair) -> tuple[Tensor, Tensor]:
-    return pair.update.a.origins[0], pair.update.b.origins[0]

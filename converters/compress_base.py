@@ -20,7 +20,7 @@ from typing import Any
 
 from loraduct.architectures import table
 from loraduct.converters import bits, compress_expanded, fuse_packed, mlx_quantize
-from loraduct.converters.base_report import Outcome, selected
+from loraduct.converters.base_report import Outcome
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.fuse_folder import check_base
 from loraduct.errors import Refused
@@ -88,6 +88,7 @@ def decompress(target: Path, output: Path, *, force: bool) -> Outcome:
 
 def _check_wanted(target: Path, wanted: Wanted) -> None:
     odd = {
+        **wanted.of_tables,
         "--adapter-bits": wanted.adapter_bits,
         "--per-channel-scale": wanted.per_channel_scale,
         "--quantize mlx... with --expanded": wanted.expanded
@@ -158,7 +159,7 @@ def _modules(base: Base, group: int, wanted: Wanted) -> tuple[dict[str, Tensor],
         reasons = {
             "no linear layer or embedding": module == name or pattern_of(module) not in known.equal,
             "a head that is tied": idle,
-            "left out on request": not selected(name, wanted),
+            "left out on request": wanted.left_out([name]) is not None,
             f"groups of {group} don't divide its rows": len(tensor.shape) != 2
             or tensor.shape[1] % group != 0,
         }

@@ -18,17 +18,16 @@ from loraduct.converters import palette, palettize, quantize
 from loraduct.converters.compress_sites import NEW, OLD, Weight
 from loraduct.errors import Refused
 from loraduct.formats.coreml.blob import ALIGN, CODES
+from loraduct.formats.coreml.coded import INLINE
+from loraduct.formats.coreml.constexpr import compressed
 from loraduct.formats.coreml.package import WEIGHTS_NAME
 from loraduct.formats.coreml.program import (
     blob_value,
     immediate_value,
     mangled,
-    string_value,
 )
-from loraduct.formats.coreml.schema import new
 from loraduct.packing import packed
 
-INLINE = 10  # fewer values than that are in the program itself, as coremltools has it
 TOGETHER = 1 << 23  # numbers of tensors that are clustered together, at most
 AHEAD = 1 << 26  # numbers of tensors that are being encoded, or wait to be written
 BLOCK = 1 << 22  # numbers packed at once
@@ -332,46 +331,23 @@ def value(argument: Argument, offset: int | None, values: Any) -> Any:
 
 def rewritten(op: Any, weight: Weight, way: Way, form: str, given: dict[str, Any]) -> list[Any]:
     """A constant's operations instead (the result keeps its name). ``given``: argument -> Value."""
-    name = op.outputs[0].name
+    name, out = op.outputs[0].name, op.outputs[0].type
     if form == OLD:
         fixed = {
-            "int": {"axis": immediate_value("INT32", _int(0))},
-            "lut": {"shape": immediate_value("UINT32", _shape(weight.shape))},
+            "int": {"axis": immediate_value("INT32", 0)},
+            "lut": {"shape": immediate_value("UINT32", weight.shape)},
         }[way.kind]
         kind = "affine_dequantize" if way.kind == "int" else "lut_to_dense"
-        return [_operation(kind, name, op, attributes={**given, **fixed})]
+        return [compressed(kind, name, out, {}, {**given, **fixed})]
     if way.kind == "int":
-        return [_operation("blockwise_shift_scale", name, op, inputs=given)]
+        return [compressed("blockwise_shift_scale", name, out, given)]
     if way.cluster_dim > 1:
-        given = {**given, "vector_axis": immediate_value("INT32", _int(way.axis))}
+        given = {**given, "vector_axis": immediate_value("INT32", way.axis)}
     if not way.scaled:
-        return [_operation("lut_to_dense", name, op, inputs=given)]
+        return [compressed("lut_to_dense", name, out, given)]
     inner = mangled(f"{name}{_SCALED}")
     scale = {"scale": given["scale"]}
     first = {k: v for k, v in given.items() if k != "scale"}
-    last = _operation("blockwise_shift_scale", name, op, inputs=scale)
+    last = compressed("blockwise_shift_scale", name, out, scale)
     last.inputs["data"].arguments.add(name=inner)
-    return [_operation("lut_to_dense", inner, op, inputs=first), last]
-
-
-def _operation(kind: str, name: str, like: Any, inputs: Any = None, attributes: Any = None) -> Any:
-    made = new("Operation", type=f"constexpr_{kind}")
-    made.outputs.add(name=name, type=like.outputs[0].type)
-    made.attributes["name"].CopyFrom(string_value(name))
-    for key, held in (attributes or {}).items():
-        made.attributes[key].CopyFrom(held)
-    for key, held in (inputs or {}).items():
-        made.inputs[key].arguments.add().value.CopyFrom(held)
-    return made
-
-
-def _int(number: int) -> Any:
-    import numpy as np
-
-    return np.int32(number)
-
-
-def _shape(shape: tuple[int, ...]) -> Any:
-    import numpy as np
-
-    return np.array(shape, np.uint32)
+    return [compressed("lut_to_dense", inner, out, first), last]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
+from loraduct import pages
 from loraduct.text import size, table
 
 if TYPE_CHECKING:
     from loraduct.converters.compress_report import Report
 
-Point = tuple[
-    int, float, int, float
-]  # bytes of the tensors, bits per weight, of the package, error
+# bytes of the tensors, bits per weight, bytes of the package, error
+Point = tuple[int, float, int, float]
 MOST = 64  # points that are kept
 _BAR = 40
+_STYLE = (
+    "td, th { padding: 2px 12px; text-align: right; font-weight: normal; }"
+    " svg { width: 100%; height: auto; } text { font-size: 12px; fill: currentColor; }"
+    " .axis { stroke: var(--grid); } .dot { fill: var(--series-2); }"
+    " .line { fill: none; stroke: var(--series-1); stroke-width: 2; }"
+)
 _WIDE, _HIGH, _LEFT, _BELOW, _EDGE = 720, 400, 70, 50, 20  # of the drawing, pixels
 
 
@@ -48,26 +53,18 @@ def page(report: Report) -> str:
     """A page of HTML that needs nothing else: the curve, and the point that was chosen."""
     points = [p for p in report.curve if p[3] > 0]
     what = "predicted KL, nats" if report.predicted else "sum of squared errors"
-    title = f"Bits, size and error: {escape(str(report.source))}"
-    style = (
-        "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:760px;padding:0 1em;"
-        "color:#222;background:#fff}svg{width:100%;height:auto}text{font-size:12px;fill:currentColor}"
-        "table{border-collapse:collapse}td,th{padding:2px 12px;text-align:right;font-weight:normal}"
-        "th{border-bottom:1px solid}.axis{stroke:currentColor;opacity:.25}"
-        ".line{fill:none;stroke:#0072b2;stroke-width:2}.dot{fill:#d55e00}"
-        "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}.line{stroke:#56b4e9}}"
-    )
+    title = f"Bits, size and error: {pages.text(report.source)}"
     rows = "".join(
-        f"<tr><td>{b:.2f}</td><td>{escape(size(n))}</td><td>{e:.4g}</td></tr>"
+        f"<tr><td>{b:.2f}</td><td>{size(n)}</td><td>{e:.4g}</td></tr>\n"
         for _, b, n, e in thinned(points, 24)
     )
-    chosen = f"Chosen: {report.bits:.2f} bits per weight, {escape(size(report.after))}."
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        f"<style>{style}</style><h1>{title}</h1><p>Each point is the plan of least error of its size: a"
-        f" width for every tensor. {chosen}</p>{_drawn(points, report.bits, what)}"
-        f"<table><tr><th>bits per weight</th><th>package</th><th>{what}</th></tr>{rows}</table></html>\n"
+    return pages.page(
+        title,
+        _STYLE,
+        f"<h1>{title}</h1><p>Each point is the plan of least error of its size: a width for every tensor."
+        f" Chosen: {report.bits:.2f} bits per weight, {size(report.after)}.</p>\n"
+        f"{_drawn(points, report.bits, what)}\n"
+        f"<table><tr><th>bits per weight</th><th>package</th><th>{what}</th></tr>\n{rows}</table>\n",
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loraduct import files
-from loraduct.converters.compress_code import INLINE
 from loraduct.converters.compress_report import Report, Row
 from loraduct.converters.compress_sites import blocks_of, compressed_in, operations
 from loraduct.converters.compress_write import arguments_of, copied, replaced
@@ -17,6 +17,7 @@ from loraduct.converters.packaging import check_output
 from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import CODES, Layout
+from loraduct.formats.coreml.coded import INLINE
 from loraduct.formats.coreml.constexpr import expanded, is_compressed, parts_of
 from loraduct.formats.coreml.package import WEIGHTS_NAME, Package, read
 from loraduct.formats.coreml.program import (
@@ -117,9 +118,8 @@ def _placed(package: Package, one: _Constant, layout: Layout) -> Row:
     """The values' place, in all constants that have them."""
     out = one.op.outputs[0]
     dtype, shape = type_of(out.type)
-    sizes, count = tuple(n or 0 for n in shape), 1
-    for n in sizes:
-        count *= n
+    sizes = tuple(n or 0 for n in shape)
+    count = math.prod(sizes)
     if count < INLINE:
         value = immediate_value(dtype, expanded(package, one.op, one.by_name))
     elif dtype in CODES:

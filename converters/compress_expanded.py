@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from loraduct.converters import bits, palette, palettize, quantize
-from loraduct.converters.base_report import Outcome, selected
+from loraduct.converters.base_report import Outcome
+from loraduct.converters.compress_code import Way, linear, tables
 from loraduct.converters.compress_wanted import PALETTES, Wanted
 from loraduct.converters.compressible import left_alone
 from loraduct.errors import Refused
@@ -31,34 +32,22 @@ def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[s
         for n, t in base.tensors.items()
     }
     whole = sum(t.stored_nbytes for t in base.tensors.values())
-    inner = sum(w.nbytes(t) for w, t in ((ways[n], t) for n, t in held.items()))
+    inner = sum(_nbytes(ways[n], t) for n, t in held.items())
+    widths = {n: w.bits if w.kind == "lut" else f"int{w.bits}" for n, w in ways.items()}
     outcome = Outcome(
-        base.path, None, "expanded: the size is what it would take", {n: w.name for n, w in ways.items()},
+        base.path, None, "expanded: the size is what it would take", widths,
         whole, inner + rest, sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
     )  # fmt: skip
     return (tensors, dict(base.config)), outcome
 
 
-@dataclass(frozen=True)
-class Way:
-    """Tables of ``bits`` (``kind`` lut) or integers (int); ``group``: channels, or 0."""
-
-    kind: str
-    bits: int
-    group: int = 0
-
-    @property
-    def name(self) -> int | str:
-        """For people."""
-        return self.bits if self.kind == "lut" else f"int{self.bits}"
-
-    def nbytes(self, tensor: Tensor) -> int:
-        """What it would take in Core ML."""
-        count, high = math.prod(tensor.shape), tensor.shape[0]
-        beside = -(-high // (self.group or high)) << (self.bits + 1)
-        if self.kind == "int":
-            beside = 2 * high * (count // high // self.group if self.group else 1)
-        return -(-count * self.bits // 8) + beside
+def _nbytes(way: Way, tensor: Tensor) -> int:
+    """What it would take in Core ML; the last table may serve fewer channels."""
+    count, high = math.prod(tensor.shape), tensor.shape[0]
+    beside = -(-high // (way.group or high)) << (way.bits + 1)
+    if way.kind == "int":
+        beside = 2 * high * (count // high // way.group if way.group else 1)
+    return -(-count * way.bits // 8) + beside
 
 
 def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -69,7 +58,7 @@ def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, s
         why = left_alone(name, tensor.shape)
         if tied and name == base.stored_head:
             why = "a head that is tied"
-        if not selected(name, wanted):
+        if wanted.left_out([name]) is not None:
             why = "left out on request"
         if why is None and tensor.stored_dtype not in FLOATS:
             why = f"{tensor.stored_dtype}, not floats"
@@ -96,7 +85,8 @@ def _ways(held: dict[str, Tensor], wanted: Wanted, rest: int) -> dict[str, Way]:
         lost = bits.estimates(values, PALETTES, name=name)
         square = float((values.astype("float64") ** 2).mean()) or 1.0
         choices[name] = [
-            bits.Choice(w, Way("lut", w, group).nbytes(tensor), e / square) for w, e in lost.items()
+            bits.Choice(w, _nbytes(Way("lut", w, group), tensor), e / square)
+            for w, e in lost.items()
         ]
     room = bits.size_of(count, wanted.bits_per_weight or 0)
     if wanted.size is not None:
@@ -118,12 +108,10 @@ def _pieces(name: str, tensor: Tensor, way: Way, errors: dict[str, float]) -> It
     before = _values(tensor)
     kind = "float16" if tensor.dtype == "F16" else "float32"
     if way.kind == "int":
-        fine = "block" if way.group else "channel"
-        linear = quantize.Options(way.bits, granularity=fine, block=way.group or 32, scale=kind)
-        after = quantize.expand(quantize.quantize(before, linear, name=name))
+        after = quantize.expand(quantize.quantize(before, linear(way, kind), name=name))
     else:
-        tables = palette.Options(way.bits, group=way.group, ragged=True, lut=kind)
-        after = palette.expand(palettize.palettize(before, tables, name=name))
+        options = replace(tables(way, kind), ragged=True)
+        after = palette.expand(palettize.palettize(before, options, name=name))
     raw = from_float(after, tensor.dtype)
     wide = before.astype(np.float32)
     norm = float(np.linalg.norm(wide))

@@ -8,11 +8,12 @@ from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
 from loraduct.converters import balance, palette, palettize, quantize
+from loraduct.converters.compress_code import Way, linear
 from loraduct.formats.packed_adapter import Item, values
 from loraduct.packing import packed
 from loraduct.tensor import FLOATS, Tensor
 
-_PROBE = 3  # bits at which the forms of wide factors are told apart; they take long to try at 8
+PROBE = 3  # bits at which the forms of wide factors are told apart; they take long to try at 8
 _LAYOUTS = ("linear", "embedding", "weight", "parameter")
 
 
@@ -56,6 +57,11 @@ class Pair:
     axes: tuple[int, int]
     turnable: bool
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The tensors as they are in the file."""
+        return self.update.a.origins[0], self.update.b.origins[0]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -93,8 +99,7 @@ def best(
     import numpy as np
 
     if not pair.turnable:
-        stored = [t.origins[0] for t in (pair.update.a, pair.update.b)]
-        flat = [t.read().reshape(t.shape[0], -1) for t in stored]
+        flat = [t.read().reshape(t.shape[0], -1) for t in pair.stored]
         made = _both(pair, flat, width, kind, group)
         lost = [_relative(m, c.rows) for m, c in zip(flat, made, strict=True)]
         return Found("plain", made, float(np.hypot(lost[0], lost[1])))
@@ -106,7 +111,7 @@ def best(
         return Found(form, made, balance.loss(a, b, made[0].rows, made[1].rows.T))
 
     if width > 4 and len(forms) > 2 and kind == "lut":
-        probed = min((tried(form, _PROBE) for form in forms), key=lambda f: f.loss).form
+        probed = min((tried(form, PROBE) for form in forms), key=lambda f: f.loss).form
         forms = tuple(dict.fromkeys((probed, "plain")))
     return min((tried(form, width) for form in forms), key=lambda f: f.loss)
 
@@ -124,8 +129,7 @@ def _both(
     pair: Pair, matrices: Sequence[Any], width: int, kind: str, group: int
 ) -> tuple[Coded, Coded]:
     made = []
-    of_file = (pair.update.a.origins[0], pair.update.b.origins[0])
-    for m, tensor, axis in zip(matrices, of_file, pair.axes, strict=True):
+    for m, tensor, axis in zip(matrices, pair.stored, pair.axes, strict=True):
         item = Item(width, tensor.stored_shape, axis, len(m), group, kind)
         made.append(_coded(m, item, tensor.name))
     return made[0], made[1]
@@ -136,9 +140,8 @@ def _coded(matrix: Any, item: Item, name: str) -> Coded:
 
     matrix = np.ascontiguousarray(matrix, np.float32)
     if item.kind == "int":
-        fine = "block" if item.group else "channel"
-        linear = quantize.Options(item.bits, granularity=fine, block=item.group or 32)
-        q = quantize.quantize(matrix, linear, name=name)
+        way = Way("int", item.bits, item.group)
+        q = quantize.quantize(matrix, linear(way, "float16"), name=name)
         codes, numbers = q.data.astype(np.int16) + (1 << (item.bits - 1)), q.scale
     else:
         group = min(item.group, len(matrix))

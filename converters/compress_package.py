@@ -78,7 +78,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
             "scales of integers are searched without the text; it measures the loss only"
         )
     _note(report, found, ways, whole)
-    write(package, found, held, plan, form, report, plan.importance)
+    write(package, found, held, plan, form, report)
     if wanted.size is not None and report.after > wanted.size:
         report.notes.append(f"{report.after - wanted.size} bytes more than --size")
     return report

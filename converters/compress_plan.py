@@ -19,7 +19,6 @@ SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
 PROBES = 64  # runs that measure what errors do, about at most
 PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
-_OLD_BITS = (1, 2, 4, 6, 8)
 _CHUNK = 1 << 18
 Read = Callable[[Weight], Any]
 
@@ -55,9 +54,7 @@ def asked(wanted: Wanted) -> dict[str, Way | None]:
     forms = {
         "--per-channel-scale": (wanted.per_channel_scale, wanted.palettize or budget, ""),
         "--group-size": (group, wanted.palettize or wanted.quantize or budget, " or --quantize"),
-        "--lut": (wanted.lut != "kmeans", wanted.palettize, ""),
-        "--cluster-dim": (wanted.cluster_dim != 1, wanted.palettize, ""),
-        "--axis": (wanted.axis != 0, wanted.palettize, ""),
+        **{option: (given, wanted.palettize, "") for option, given in wanted.of_tables.items()},
     }
     for what, (given, fits, other) in forms.items():
         if given and not fits:
@@ -104,7 +101,7 @@ def _useless(weight: Weight, way: Way, form: str) -> str | None:
 
 def widths(form: str) -> tuple[int, ...]:
     """Bits of tables that a form has."""
-    return _OLD_BITS if form == OLD else PALETTES
+    return palette.IOS16_BITS if form == OLD else PALETTES
 
 
 def by_rows(way: Way) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,10 +41,7 @@ class Weight:
     @property
     def count(self) -> int:
         """Numbers in it."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
 
 
 def form_of(package: Package) -> str:
@@ -93,16 +90,16 @@ def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) 
                 weight.reason = "read as several shapes"
     elsewhere = _elsewhere(package, found)
     adapters = _adapters_only(package, record)
-    include, exclude = _pattern(wanted.include), _pattern(wanted.exclude)
     for weight in found.values():
         names = list(dict.fromkeys(op.outputs[0].name for _, op in weight.users))
         weight.group = ADAPTER if weight.offset in adapters else BASE
         weight.reason = (
             weight.reason
-            or _asked(names, include, exclude)
+            or wanted.left_out(names)
             or ("is also an argument of its own" if weight.offset in elsewhere else None)
             or ("no float" if weight.dtype not in FLOATS else None)
-            or (None if include else next(filter(None, (left_alone(n, weight.shape) for n in names)), None))
+            or (next(filter(None, (left_alone(n, weight.shape) for n in names)), None)
+                if wanted.include is None else None)
             or ("scalar or vector" if len(weight.shape) < 2 else None)
         )  # fmt: skip
     return [found[o] for o in sorted(found)]
@@ -163,20 +160,3 @@ def _adapters_only(package: Package, record: Mapping[str, Any] | None) -> set[in
     for name, function in package.functions.items():
         used[name in with_adapter] |= offsets_of(function)
     return used[True] - used[False]
-
-
-def _asked(names: list[str], include: Any, exclude: Any) -> str | None:
-    if include is not None and not any(include.search(n) for n in names):
-        return "not in --include"
-    if exclude is not None and any(exclude.search(n) for n in names):
-        return "in --exclude"
-    return None
-
-
-def _pattern(text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        return re.compile(text)
-    except re.error as e:
-        raise Refused(None, f"{text!r} is no regular expression: {e}") from None

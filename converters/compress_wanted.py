@@ -8,14 +8,16 @@ existing ``output`` may be replaced is checked by them (``force``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 from loraduct.errors import Refused
+from loraduct.formats.coded import WIDTHS
+from loraduct.text import printable
 
-PALETTES = (1, 2, 3, 4, 6, 8)
+PALETTES = WIDTHS["lut"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}  # fmt: skip
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
@@ -72,6 +74,32 @@ class Wanted:
     include: str | None = None
     exclude: str | None = None
     force: bool = False
+
+    @property
+    def of_tables(self) -> dict[str, bool]:
+        """Options that say how tables are made -> whether they are given."""
+        return {
+            "--lut": self.lut != "kmeans",
+            "--cluster-dim": self.cluster_dim != 1,
+            "--axis": self.axis != 0,
+        }
+
+    def left_out(self, names: Sequence[str]) -> str | None:
+        """Why a tensor of these names is not meant, or None if it is. Raises Refused for what is no
+        regular expression."""
+        include, exclude = _pattern(self.include), _pattern(self.exclude)
+        if include is not None and not any(map(include.search, names)):
+            return "not in --include"
+        if exclude is not None and any(map(exclude.search, names)):
+            return "in --exclude"
+        return None
+
+
+def _pattern(text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as e:
+        raise Refused(None, f"{printable(repr(text))} is no regular expression: {e}") from None
 
 
 class Outcome(Protocol):

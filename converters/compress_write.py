@@ -15,10 +15,11 @@ from loraduct.converters import compress_code as code
 from loraduct.converters.compress_plan import Plan
 from loraduct.converters.compress_report import Report, Row
 from loraduct.converters.compress_sites import Weight, blocks_of, operations, references
-from loraduct.converters.package import size_of
+from loraduct.converters.package import rewritten, size_of
 from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import Layout
+from loraduct.formats.coreml.coded import INLINE
 from loraduct.formats.coreml.constexpr import expanded, parts_of
 from loraduct.formats.coreml.package import WEIGHTS_NAME, Package, read
 
@@ -34,8 +35,7 @@ def values_of(package: Package, weight: Weight) -> Any:
 class Encoder:
     """Tensors compressed one after the other, while their bytes are asked for.
 
-    ``importance``: by offset, what squared errors count, per input channel. ``given``: the arguments
-    of each, by offset, once it was its turn.
+    ``given``: the arguments of each, by offset, once it was its turn.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Encoder:
         plan: Plan,
         form: str,
         layout: Layout,
-        importance: Mapping[int, Any] | None = None,
     ) -> None:
         self.package, self.plan, self.form, self.chosen = package, plan, form, chosen
         self.norms: dict[int, float] = {}
@@ -53,11 +52,13 @@ class Encoder:
         self.digests: dict[int, int] = {}
         self.given: dict[int, dict[str, Any]] = {}
         self.now: dict[str, Any] = {}
-        known = importance or {}
         self.results = code.coded(
             (
                 code.Item(
-                    w, plan.ways[w.offset], partial(values_of, package, w), known.get(w.offset)
+                    w,
+                    plan.ways[w.offset],
+                    partial(values_of, package, w),
+                    plan.importance.get(w.offset),
                 )
                 for w in chosen
             ),
@@ -71,7 +72,7 @@ class Encoder:
         offsets: dict[str, int] = {}
         arguments = code.arguments(weight, self.plan.ways[weight.offset], self.form)
         for i, argument in enumerate(arguments):
-            if argument.count >= code.INLINE:
+            if argument.count >= INLINE:
                 pieces = self._pieces(weight, argument, offsets, first=i == 0)
                 offsets[argument.key] = layout.add(argument.dtype, argument.count, pieces)
 
@@ -102,18 +103,14 @@ def write(
     plan: Plan,
     form: str,
     report: Report,
-    importance: Mapping[int, Any] | None = None,
 ) -> None:
-    """The new package, checked, in its place; and what became of each tensor, into the report.
-
-    ``importance``: see `Encoder`.
-    """
+    """The new package, checked, in its place; and what became of each tensor, into the report."""
     assert report.output is not None
     layout = Layout()
     kept = [o for o in edit.used_blobs(package) if o not in plan.ways]
     moved = {o: layout.copy(package.blobs, o, "a weight") for o in kept}
     chosen = [w for w in held if w.offset in plan.ways]
-    encoder = Encoder(package, chosen, plan, form, layout, importance)
+    encoder = Encoder(package, chosen, plan, form, layout)
 
     def program() -> bytes:
         _move(package, held, moved)
@@ -200,25 +197,9 @@ def copied(
     package: Package, stage: Path, weights: Iterable[Any], program: Callable[[], bytes]
 ) -> None:
     """A package's files, with other weights and then another program. Links are refused."""
-    folder = files.resolved(package.path)
-    spec = files.resolved(package.spec_path).relative_to(folder)
-    blobs = files.resolved(package.weight_path(WEIGHTS_NAME)).relative_to(folder)
-    items = sorted(folder.rglob("*"))
-    for item in items:
-        if item.is_symlink():
-            raise Refused(item, "is a symbolic link; copy the package without links first")
-        if item.is_dir():
-            files.make_folder(stage / item.relative_to(folder))
-    if not (stage / blobs).parent.exists():
-        files.make_folder((stage / blobs).parent)
-    files.write_file(stage / blobs, weights)
-    files.write_file(stage / spec, [program()])
-    for item in items:
-        inner = item.relative_to(folder)
-        if not item.is_dir() and inner not in (spec, blobs):
-            files.write_file(stage / inner, files.file_chunks(item))
-    for inner in {spec.parent, blobs.parent}:
-        files.sync(stage / inner)
+    spec = (made() for made in [program])  # asked for once the weights are written
+    instead = {package.weight_path(WEIGHTS_NAME): weights, package.spec_path: spec}
+    rewritten(package.path, stage, instead)
 
 
 def _checked(stage: Path, encoder: Encoder) -> int:

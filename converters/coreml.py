@@ -27,12 +27,12 @@ from loraduct.formats.base import Base
 from loraduct.formats.companions import find
 from loraduct.formats.coreml import package, record
 from loraduct.formats.coreml.blob import Layout
+from loraduct.formats.coreml.record import BASE
 from loraduct.formats.coreml.schema import new
 from loraduct.formats.model_folder import Stored
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import FLOATS, Tensor
 
-BASE = "base"
 HALF = "F16"  # what every weight is stored in
 # target -> (specification version, opset); coremltools 9.0 `_deployment_compatibility.py`
 TARGETS = {"iOS18": (9, "CoreML8"), "iOS17": (8, "CoreML7")}
@@ -164,9 +164,9 @@ def _describe(model: Any, described: Sequence[Any], *, multi: bool) -> None:
     model.description.output.extend(described[0].output)
 
 
-def identifiers(model: Any) -> tuple[str, str]:
-    """Identifiers of a package's two items, from its contents: same input, same bytes."""
-    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+def identifiers(spec: bytes) -> tuple[str, str]:
+    """Identifiers of a package's two items, from its specification: same input, same bytes."""
+    digest = hashlib.sha256(spec).digest()
     one, two = (uuid.UUID(bytes=digest[i : i + 16], version=4) for i in (0, 16))
     return str(one), str(two)
 
@@ -178,8 +178,9 @@ def written(output: Path, model: Any, chunks: Iterable[Any]) -> Iterator[Path]:
         data = stage / "Data" / "com.apple.CoreML"
         (data / "weights").mkdir(parents=True)
         write_file(data / "weights" / package.WEIGHT_FILE, chunks)
-        write_file(data / "model.mlmodel", [model.SerializeToString(deterministic=True)])
-        text = json.dumps(package.manifest(identifiers(model)), indent=4) + "\n"
+        spec = model.SerializeToString(deterministic=True)
+        write_file(data / "model.mlmodel", [spec])
+        text = json.dumps(package.manifest(identifiers(spec)), indent=4) + "\n"
         write_file(stage / package.MANIFEST, [text.encode()])
         yield stage
 
@@ -215,8 +216,7 @@ def build(
     forms = forms_of(options, decoder, base.path / "config.json", name)
     first = next(iter(forms.values()))
     model, layout = program(base, decoder, forms, tensors | tables(decoder, first.context))
-    made = record.fresh(base, {n: f.q for n, f in forms.items()})
-    made["base"]["tied"] = decoder.tied
+    made = record.fresh(base, {n: f.q for n, f in forms.items()}, tied=decoder.tied)
     made["context"] = first.context
     if merged is not None:
         made["merged"] = [[a.path.name, weight] for a, weight in merged[1]]

@@ -172,10 +172,9 @@ def nearest(matrix: Any, wanted: Wanted, sigma: float) -> tuple[Any, Any, float]
             break
         tried = min(most, 2 * tried)
     rank = min(rank, len(values))
-    root = np.sqrt(values[:rank])
     rest = max(total - float(np.sum(squares[:rank])), 0.0)
-    a = (right[:rank] * root[:, None]).astype(np.float32)
-    return a, (left[:, :rank] * root).astype(np.float32), math.sqrt(rest)
+    a, b = lowrank.balanced(left[:, :rank], values[:rank], right[:rank])
+    return a.astype(np.float32), b.astype(np.float32), math.sqrt(rest)
 
 
 def _rank(wanted: Wanted, squares: Any, total: float, floor: float) -> int:

@@ -32,7 +32,7 @@ def fused(
     weighted or combined.
     """
     held = dict(tensors)
-    if tied and HEAD not in held and _moves_one_side(adapters):
+    if tied and HEAD not in held and moves_one_side(adapters):
         held[HEAD] = held[EMBEDDINGS]
     shapes = {n: t.shape for n, t in held.items()}
     places = placed(adapters, base, shapes, new_biases=True)
@@ -60,6 +60,7 @@ def _nothing(name: str, places: Placed) -> Tensor:
     return Tensor(name, "F32", shape, data=np.zeros(shape, np.float32))
 
 
-def _moves_one_side(adapters: Weighted) -> bool:
+def moves_one_side(adapters: Weighted) -> bool:
+    """Whether a head and an embedding that are tied are so no more. Trained tokens are rows of both."""
     ends = ("embed_tokens", "lm_head", "embed_tokens.weight", "lm_head.weight")
     return any(n.endswith(ends) for a, _ in adapters for n in a.updates)

@@ -15,7 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from loraduct.converters import palette, palettize, quantize
+from loraduct.converters import compress_code, palettize, quantize
+from loraduct.converters.compress_code import Found, Way
 from loraduct.converters.fuse_packed import KEEP, MOVES, directions
 from loraduct.converters.fuse_places import Update
 from loraduct.converters.fuse_stream import ROWS, Rows, blocks
@@ -74,30 +75,28 @@ def moved(
     return replace(code, codes=codes)
 
 
-def renewed(
-    code: Code, whole: Any, bits: int, scaled: int | None, name: str
-) -> palette.Palette | quantize.Linear:
-    """A matrix in tables or scales of its own (`Palette`, `Linear`), for as many blocks as ``code`` has.
+def way_of(code: Code, blocks: Sequence[int | None], *, scaled: bool) -> Way:
+    """How a matrix was made that has tables, or scales, in ``blocks`` (of rows, of columns).
 
-    ``scaled``: channels per table (0: one table) where rows have scales behind their tables. Raises
-    Refused for tables along both axes.
+    ``scaled``: rows have scales behind their tables. Of blocks along both axes there is none that
+    makes them again; those of columns are told.
     """
-    (high, wide), (down, across) = code.codes.shape, code.numbers.shape[:2]
+    (high, wide), (down, across) = code.codes.shape, (n or 1 for n in blocks)
     if code.kind == "int":
-        if down not in (1, high) or (down == 1 and across > 1):
-            raise Refused(None, f"has scales for blocks of {high // down} rows", tensor=name)
-        how = "block" if across > 1 else "channel" if down > 1 else "tensor"
-        linear = quantize.Options(bits, granularity=how, block=wide // across)
-        return quantize.quantize(whole, linear, name=name)
-    if scaled is not None:
-        tables = palette.Options(bits, group=scaled, scaled=True)
-    elif down > 1 and across > 1:
-        raise Refused(None, "has tables for blocks of rows and columns", tensor=name)
-    elif across > 1:
-        tables = palette.Options(bits, group=wide // across, axis=1)
-    else:
-        tables = palette.Options(bits, group=high // down if down > 1 else 0)
-    return palettize.palettize(whole, tables, name=name)
+        group = wide // across if across > 1 else 0
+        return Way("int", code.bits, group, whole=down == across == 1)
+    group = wide // across if across > 1 else high // down if down > 1 else 0
+    return Way("lut", code.bits, group, scaled, axis=int(across > 1))
+
+
+def renewed(code: Code, updates: Sequence[Update], rows: Rows | None, way: Way, name: str) -> Found:
+    """The matrix with the updates in it, in tables or scales of its own."""
+    import numpy as np
+
+    whole = np.concatenate([b.copy() for b in summed(code, updates, rows, name)])
+    if way.kind == "int":
+        return quantize.quantize(whole, compress_code.linear(way, "float16"), name=name)
+    return palettize.palettize(whole, compress_code.tables(way, "float16"), name=name)
 
 
 def nearest(code: Code, block: Any, along: Any = None) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank, Replacement
@@ -22,11 +23,15 @@ from loraduct.tensor import Tensor
 
 # experts stored (in, out) in transformers, as PEFT is told (`is_transposed`, transformers 5.23)
 _TURNED = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 _NO_BIAS = (
     "trains a bias that the base does not have: a model with it fused in would not read it; keep the"
     " adapter unfused"
 )
+# what can't be, here and in the pool
+DORA = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined (given {:g})"
+REPLACES = "replaces this weight: weighted by {:g} that is not defined"
+TWICE = "is changed by another adapter too"
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape, unpacked
 Update = tuple[LowRank, float]  # and its weight
 
@@ -67,9 +72,8 @@ def placed(
                 wanted = {**shapes, name: u.weight.shape}
             _replacement(found, adapter, name, u, weight, base, wanted)
         for name, low in _low_rank(adapter, base, shapes):
-            if low.magnitude is not None and weight != 1.0:
-                what = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined"
-                raise Refused(adapter.weights, f"{what} (given {weight:g})", tensor=name)
+            if low.magnitude is not None:
+                check_weight(adapter.weights, name, weight, DORA)
             if name in found.replaced:
                 what = "is adapted and replaced as a whole by two adapters"
                 raise Refused(adapter.weights, what, tensor=name)
@@ -188,10 +192,8 @@ def _oriented(
 def _replacement(
     found: Placed, adapter: Adapter, name: str, u: Replacement, weight: float, base: Base, shapes: Shapes
 ) -> None:  # fmt: skip
-    if weight != 1.0:
-        what = f"replaces this weight: weighted by {weight:g} that is not defined"
-        raise Refused(adapter.weights, what, tensor=name)
-    if name.endswith(_TOKENS):
+    check_weight(adapter.weights, name, weight, REPLACES)
+    if name.endswith(TOKENS):
         return _token_rows(found, adapter, name, u, shapes)
     forms = (name, name.partition(".")[2], f"model.{name}")
     there = next((n for n in forms if n in shapes), None)
@@ -204,24 +206,39 @@ def _replacement(
         what = f"replaces a weight of shape {list(shapes[there])} by {list(u.weight.shape)}"
         raise Refused(adapter.weights, what, tensor=name)
     if there in found.touched():
-        raise Refused(adapter.weights, "is changed by another adapter too", tensor=name)
+        raise Refused(adapter.weights, TWICE, tensor=name)
     found.replaced[there] = u.weight
 
 
 def _token_rows(found: Placed, adapter: Adapter, name: str, u: Replacement, shapes: Shapes) -> None:
-    """Rows of trained tokens; PEFT's indices stand in the config, for each embedding or for one."""
-    module = name.removesuffix(_TOKENS)
-    indices = adapter.config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
+    module = name.removesuffix(TOKENS)
     target = f"{module}.weight"
     shape = shapes.get(target)
     if shape is None or kind_of_module(module) not in ("embedding", "output head"):
         raise Refused(adapter.weights, "the base has no such embedding", tensor=name)
+    indices = token_rows(adapter, name, u.weight, shape)
+    if target in found.rows:
+        raise Refused(adapter.weights, TWICE, tensor=name)
+    found.rows[target] = (tuple(indices), u.weight)
+
+
+def token_rows(adapter: Adapter, name: str, rows: Tensor, shape: Sequence[int]) -> list[int]:
+    """The row numbers of trained tokens; PEFT has them in its config, for each embedding or for one.
+
+    ``shape``: of the embedding. Raises Refused for rows that it doesn't have.
+    """
+    module = name.removesuffix(TOKENS)
+    indices = adapter.config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
     sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < shape[0] for i in indices)
-    if not sound or u.weight.shape != (len(indices), shape[1]):  # type: ignore[arg-type]
+    if not sound or rows.shape != (len(indices), *shape[1:]):  # type: ignore[arg-type]
         what = f"trains tokens that an embedding of {list(shape)} does not have"
         raise Refused(adapter.weights, what, tensor=name)
-    if target in found.rows:
-        raise Refused(adapter.weights, "is changed by another adapter too", tensor=name)
-    found.rows[target] = (tuple(indices or ()), u.weight)
+    return list(indices or ())
+
+
+def check_weight(file: Path, name: str, weight: float, what: str) -> None:
+    """Refuse a weight other than 1 of what can't be weighted; ``what``: DORA or REPLACES."""
+    if weight != 1.0:
+        raise Refused(file, what.format(weight), tensor=name)

@@ -89,11 +89,6 @@ class Merged:
     notes: tuple[str, ...]
     labels: tuple[str, ...] = ()
 
-    @property
-    def worst(self) -> Module | None:
-        """Which module lost the largest share."""
-        return max(self.modules, key=lambda m: m.residual, default=None)
-
 
 @dataclass
 class _Job:
@@ -125,7 +120,7 @@ def merge(
     if settings.method.startswith("peft-"):
         merge_peft.check(adapters)
     names = list(dict.fromkeys(n for a in adapters for n in a.updates))
-    layers = base.layers if base and base.layers else _layers(adapters)
+    layers = base.layers if base and base.layers else merge_rest.layers_of(adapters)
     each = [weights_of(w, names, layers, a.path) for w, a in zip(weights, adapters, strict=True)]
     parts = _parts(adapters, each, names)
     if not parts:
@@ -256,10 +251,6 @@ def _common_scale(parts: Mapping[str, Sequence[Part]]) -> float:
     """The product of scale and weight that occurs most: b stays as it is there."""
     counts = Counter(abs(u.scale * w) for p in parts.values() for u, w in p if u.scale)
     return counts.most_common(1)[0][0] if counts else 1.0
-
-
-def _layers(adapters: Sequence[Adapter]) -> int | None:
-    return max((a.layers or 0 for a in adapters), default=0) or None
 
 
 def _explained(

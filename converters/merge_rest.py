@@ -133,10 +133,15 @@ def result(
         metadata=agreed | {KEY: record(labels, weights, settings)},
         companions=companions,
         notes=tuple(notes),
-        layers=base.layers if base else max((a.layers or 0 for a in adapters), default=0) or None,
+        layers=base.layers if base else layers_of(adapters),
         model_type=base.model_type if base else first.model_type,
         base_modules=base.linear_modules if base else frozenset(),
     )
+
+
+def layers_of(adapters: Sequence[Adapter]) -> int | None:
+    """The largest number that one of them tells."""
+    return max((a.layers or 0 for a in adapters), default=0) or None
 
 
 def _companions(adapters: Sequence[Adapter]) -> tuple[tuple[Path, ...], list[Note]]:

@@ -27,12 +27,12 @@ from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import Layout, header
 from loraduct.formats.coreml.edit import Chain, Swap
 from loraduct.formats.coreml.package import VALID_NAME, Package, read, spec_path
+from loraduct.formats.coreml.record import BASE
 from loraduct.formats.coreml.stored import PackageBase, Parts, Record, parts_of
 from loraduct.formats.options import ReadOptions
 from loraduct.tensor import UNIT_ROUNDOFF
 from loraduct.text import number, printable, several
 
-BASE = "base"
 LONGEST = 80  # characters of a name: it is part of every function's
 
 
@@ -162,7 +162,7 @@ def remove(path: Path, names: Sequence[str]) -> Report:
             for function in functions:
                 del package.functions[function]
                 del found["functions"][function]
-            _undescribe(package.model, functions)
+            undescribe(package.model, functions)
             report.functions[name] = functions
         end, blobs = _end(package, found, edit.used_blobs(package))
         found["weights"] = {"end": end, "blobs": blobs}
@@ -188,7 +188,7 @@ def compact(path: Path) -> Report:
             record.write(package.model, found)
         fresh = {package.spec_path: [package.model.SerializeToString(deterministic=True)]}
         weights = {package.blobs.path: layout.chunks()} if to else {}
-        _copy(folder, stage, {**weights, **fresh})
+        rewritten(folder, stage, {**weights, **fresh})
         report.after = size_of(stage)
     return report
 
@@ -278,8 +278,8 @@ def _resolved(
     label = f"{name}_{k + 1}" if stacked else name
     adapter = member.adapter or read_adapter(Path(source), options)
     if adapter.format == "peft" and peft_config.moves_base(adapter.config):
-        way = adapter.config["init_lora_weights"]
-        what = f"init_lora_weights is {way!r}, which moved the base: convert it first (--initial)"
+        way = peft_config.began(adapter.config)
+        what = f"{way}: training moved the base; convert it first (--initial, or --base for KaSA)"
         raise Refused(adapter.path, what)
     placed = place(neutral(adapter, base), base, store)
     placed.account.notes += [n.text for n in adapter.notes]
@@ -339,12 +339,15 @@ def _describe(model: Any, source: str, function: str) -> None:
     target.name = function
 
 
-def _undescribe(model: Any, functions: Iterable[str]) -> None:
+def undescribe(model: Any, functions: Iterable[str]) -> None:
+    """Drop the descriptions of functions that go; where one was the default, the first is now."""
     gone = set(functions)
     kept = [f for f in model.description.functions if f.name not in gone]
     copies = [type(f).FromString(f.SerializeToString()) for f in kept]
     del model.description.functions[:]
     model.description.functions.extend(copies)
+    if copies and model.description.defaultFunctionName in gone:
+        model.description.defaultFunctionName = copies[0].name
 
 
 def _end(package: Package, found: Record, used: Mapping[int, int]) -> tuple[int, int]:
@@ -370,16 +373,22 @@ def _commit(package: Package, found: Record) -> None:
     files.swap_file(files.resolved(package.spec_path), [data])
 
 
-def _copy(folder: Path, stage: Path, instead: Mapping[Path, Iterable[Any]]) -> None:
-    """A folder's files, some of them with other contents; synced."""
-    fresh = {p.relative_to(folder): chunks for p, chunks in instead.items()}
-    for item in sorted(folder.rglob("*")):
-        inner = item.relative_to(folder)
+def rewritten(path: Path, stage: Path, instead: Mapping[Path, Iterable[Any]]) -> None:
+    """A package's files, those of ``instead`` first and with other contents; synced. Links are refused."""
+    fresh = {p.relative_to(path): chunks for p, chunks in instead.items()}
+    folder = files.resolved(path)
+    items = {item.relative_to(folder): item for item in sorted(folder.rglob("*"))}
+    for inner, item in items.items():
         if item.is_symlink():
             raise Refused(item, "is a symbolic link; copy the package without links first")
         if item.is_dir():
             files.make_folder(stage / inner)
-        else:
-            files.write_file(stage / inner, fresh.get(inner) or files.file_chunks(item))
+    for inner, chunks in fresh.items():
+        if not (stage / inner).parent.exists():
+            files.make_folder((stage / inner).parent)
+        files.write_file(stage / inner, chunks)
+    for inner, item in items.items():
+        if inner not in fresh and not item.is_dir():
+            files.write_file(stage / inner, files.file_chunks(item))
     for inner_folder in sorted({(stage / p).parent for p in fresh}):
         files.sync(inner_folder)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.errors import Refused
+from loraduct.formats.coded import WIDTHS
 from loraduct.packing import packed
 
-BITS = (1, 2, 3, 4, 6, 8)  # what Core ML has index types for
+BITS = WIDTHS["lut"]  # what Core ML has index types for
 IOS16_BITS = (1, 2, 4, 6, 8)
 MIL = {"float16": "FLOAT16", "float32": "FLOAT32"}  # what entries are stored in
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
-from loraduct.converters import pool_parts
-from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place, token_rows
+from loraduct.converters.fuse_places import TOKENS, token_rows
+from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place
 from loraduct.errors import Refused
 from loraduct.formats.base import HEADS
 from loraduct.modules import block_of, kind_of_module
@@ -84,31 +86,30 @@ class Mlx:
         for module, u in adapter.low_rank.items():
             self._check(adapter, module, u)
             if own and u.layout == "embedding" and not self._has_head():
-                u = _both(u)
+                u = replace(u, layout="both")
             one_side = u.layout == "embedding" or self._home(module) != module
             if self.fused and one_side and not self._has_head():
                 raise Refused(adapter.weights, _ONE_SIDE, tensor=module)
             plan.updates[module] = u, False
             plan.nbytes += sum(t.nbytes for t in u.tensors)
         for name, r in adapter.replacements.items():
-            rows = name.endswith(pool_parts.TOKENS)
-            target = f"{name.removesuffix(pool_parts.TOKENS)}.weight" if rows else name
+            rows = name.endswith(TOKENS)
+            target = f"{name.removesuffix(TOKENS)}.weight" if rows else name
             weight = self._array(target)
             if weight is None:
                 raise no_place(adapter, name)
             if str(weight.dtype).rpartition(".")[2] not in _DTYPES.values():
                 raise Refused(adapter.weights, _PACKED, tensor=name)
             if rows:
-                plan.rows[target] = token_rows(adapter, name, r.weight, weight.shape[0]), r.weight
+                plan.rows[target] = token_rows(adapter, name, r.weight, weight.shape), r.weight
+            elif r.weight.shape != tuple(weight.shape):
+                raise misfit(adapter, name, r.weight.shape, weight.shape)
             else:
                 plan.replaced[target] = r.weight
-            there = weight.shape[1:] if rows else weight.shape
-            if r.weight.shape[-len(there) :] != tuple(there):
-                raise misfit(adapter, name, r.weight.shape, weight.shape)
             head = kind_of_module(target.rpartition(".")[0]) == "embedding" and not self._has_head()
             if head and not rows and not own:
                 raise Refused(adapter.weights, _ONE_SIDE, tensor=name)
-            plan.nbytes += weight.itemsize * r.weight.nbytes // _width(r.weight)
+            plan.nbytes += weight.itemsize * prod(r.weight.shape)
         return plan
 
     def _has_head(self) -> bool:
@@ -309,12 +310,6 @@ def _delta(low: Low) -> Any:
     return delta.T if low.kind in ("embedding", "both") else delta
 
 
-def _both(u: LowRank) -> LowRank:
-    from dataclasses import replace
-
-    return replace(u, layout="both")
-
-
 def _weight(layer: Any) -> Any:
     """The weight in plain numbers."""
     import mlx.core as mx
@@ -331,10 +326,6 @@ def _shape(layer: Any) -> tuple[int, ...]:
     return (
         shape if "scales" not in layer else (*shape[:-1], layer.scales.shape[-1] * layer.group_size)
     )
-
-
-def _width(tensor: Tensor) -> int:
-    return {"F32": 4, "F16": 2, "BF16": 2}[tensor.dtype]
 
 
 def _made(tensor: Tensor) -> Any:

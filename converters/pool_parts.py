@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loraduct.adapter import Adapter, LowRank
+from loraduct.converters.fuse_places import DORA, REPLACES, TWICE, check_weight
 from loraduct.errors import Refused
 from loraduct.tensor import Tensor
-
-TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(eq=False)
@@ -92,37 +91,18 @@ def check_stack(stack: Stack) -> None:
     adapted: set[str] = set()
     for held, weight in stack:
         for name, low in held.updates.items():
-            if low.factor is not None and weight != 1.0:
-                what = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined"
-                raise Refused(held.file, f"{what} (given {weight:g})", tensor=name)
+            if low.factor is not None:
+                check_weight(held.file, name, weight, DORA)
             adapted.add(name if low.bare else f"{name}.weight")
         for name in (*held.replaced, *held.rows):
-            if weight != 1.0:
-                what = f"replaces this weight: weighted by {weight:g} that is not defined"
-                raise Refused(held.file, what, tensor=name)
+            check_weight(held.file, name, weight, REPLACES)
             if name in whole:
-                raise Refused(held.file, "is changed by another adapter too", tensor=name)
+                raise Refused(held.file, TWICE, tensor=name)
             whole.add(name)
         both = next(iter(sorted(adapted & whole)), None)
         if both is not None:
             what = "is adapted and replaced at once: which comes first is not defined"
             raise Refused(held.file, what, tensor=both)
-
-
-def token_rows(adapter: Adapter, name: str, rows: Tensor, height: int) -> list[int]:
-    """The row numbers of trained tokens, which PEFT keeps in its config.
-
-    ``height``: rows of the embedding. Raises Refused for numbers that it doesn't have.
-    """
-    module = name.removesuffix(TOKENS)
-    indices = adapter.config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        indices = next((v for k, v in indices.items() if module.endswith(k)), None)
-    sound = isinstance(indices, list) and all(type(i) is int and 0 <= i < height for i in indices)
-    if not sound or len(indices) != rows.shape[0]:  # type: ignore[arg-type]
-        what = f"trains tokens that an embedding of {height} rows does not have"
-        raise Refused(adapter.weights, what, tensor=name)
-    return list(indices or ())
 
 
 def no_place(adapter: Adapter, name: str) -> Refused:

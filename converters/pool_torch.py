@@ -14,8 +14,8 @@ from math import prod
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
-from loraduct.converters import pool_parts
-from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place, token_rows
+from loraduct.converters.fuse_places import TOKENS, token_rows
+from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place
 from loraduct.errors import Refused
 from loraduct.tensor import Tensor
 
@@ -33,13 +33,11 @@ class Torch:
         self._kept: dict[str, Any] = {}  # parameter -> the base's own (None: it has no bias)
         self._hooks: list[Any] = []
 
-    def _owner(self, adapter: Adapter, parameter: str) -> tuple[Any, str]:
-        path, _, leaf = parameter.rpartition(".")
+    def _owner(self, adapter: Adapter, parameter: str) -> Any:
         try:
-            module = self.model.get_submodule(path)
+            return self.model.get_submodule(parameter.rpartition(".")[0])
         except AttributeError:
             raise no_place(adapter, parameter) from None
-        return module, leaf
 
     def _base(self, parameter: str) -> Any:
         """The base's own parameter, whatever stands in its place now."""
@@ -72,12 +70,10 @@ class Torch:
             plan.updates[name] = u, bare
             plan.nbytes += 4 * sum(prod(t.shape) for t in u.tensors)  # as PEFT holds them: float32
         for name, r in adapter.replacements.items():
-            if name.endswith(pool_parts.TOKENS):
-                target = f"{name.removesuffix(pool_parts.TOKENS)}.weight"
+            if name.endswith(TOKENS):
+                target = f"{name.removesuffix(TOKENS)}.weight"
                 weight = self._parameter(adapter, target)
-                rows = token_rows(adapter, name, r.weight, weight.shape[0])
-                if r.weight.shape[1:] != tuple(weight.shape[1:]):
-                    raise misfit(adapter, name, r.weight.shape, weight.shape)
+                rows = token_rows(adapter, name, r.weight, weight.shape)
                 for same in self._tied(target, weight):  # PEFT trains a tied head's rows too
                     plan.rows[same] = rows, r.weight
             else:
@@ -101,12 +97,12 @@ class Torch:
         if bare:
             name = f"{module}.weight" if u.layout == "weight" else module
             weight = self._parameter(adapter, name)
-            owner, _ = self._owner(adapter, name)
+            owner = self._owner(adapter, name)
             shape, turned = tuple(weight.shape), u.shape[:-2] + u.shape[:-3:-1]
             if (turned if _turned(owner, u) else u.shape) != shape:
                 raise misfit(adapter, module, u.shape, shape)
             return True
-        layer, _ = self._owner(adapter, f"{module}.weight")
+        layer = self._owner(adapter, f"{module}.weight")
         weight = self._base(f"{module}.weight")
         if weight is None:
             raise no_place(adapter, module)
@@ -219,8 +215,7 @@ class Torch:
     @property
     def exchanged_bytes(self) -> int:
         """See `pool_parts.Runtime`."""
-        names = self._kept
-        held = [self.model.get_parameter(n) for n in names]
+        held = [self.model.get_parameter(n) for n in self._kept]
         return sum(p.numel() * p.element_size() for p in held)
 
 

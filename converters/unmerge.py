@@ -8,6 +8,7 @@ from typing import Any
 from loraduct.adapter import Adapter, BaseRef, Note, Update
 from loraduct.converters.approximate import Wanted
 from loraduct.converters.extract import differences
+from loraduct.converters.fuse import EMBEDDINGS, HEAD
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.formats.coreml import record
@@ -15,8 +16,6 @@ from loraduct.formats.coreml.package import Package, is_package, read
 from loraduct.formats.coreml.program import block_of_function, mangled, type_of
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
-
-_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def merged_in(path: Path) -> dict[str, Any] | None:
@@ -79,7 +78,7 @@ def parameters(package: Package, base: Base) -> dict[str, Tensor]:
         if op.type == "const" and op.attributes["val"].WhichOneof("value") == "blobFileValue"
     }
     found = {}
-    for name in dict.fromkeys([*base.tensors, _HEAD]):
+    for name in dict.fromkeys([*base.tensors, HEAD]):
         value = consts.get(mangled(name))
         if value is not None:
             dtype, shape = type_of(value.type)
@@ -93,6 +92,6 @@ def parameters(package: Package, base: Base) -> dict[str, Tensor]:
 def _stored(base: Base, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The base's weights; a head of its own is compared with the embedding it was tied to."""
     stored = dict(base.tensors)
-    if _HEAD in weights and _HEAD not in stored and _EMBEDDINGS in stored:
-        stored[_HEAD] = stored[_EMBEDDINGS]
+    if HEAD in weights and HEAD not in stored and EMBEDDINGS in stored:
+        stored[HEAD] = stored[EMBEDDINGS]
     return stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # What a module is, by the last part of its name. Parents matter for two names only.
 _ATTENTION = (
@@ -95,3 +96,16 @@ def block_of(module: str) -> tuple[str, int, str] | None:
     """(path of the list of blocks, index of the block, path within it), or None outside blocks."""
     match = re.match(r"(.+?)\.(\d{1,6})\.(.+)$", module)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+def places(modules: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Module -> (index of its block, path within it), for those within blocks.
+
+    Where there are several lists of blocks, each path begins with its list's: no two share a place.
+    """
+    found = {m: block for m in modules if (block := block_of(m))}
+    several = len({where for where, _, _ in found.values()}) > 1
+    return {
+        m: (layer, f"{where}.{within}" if several else within)
+        for m, (where, layer, within) in found.items()
+    }

@@ -113,6 +113,7 @@ def main() -> None:
     from loraduct.cli.calibration import OfPackage
     from loraduct.converters.compress_package import compress
     from loraduct.converters.compress_wanted import Calibration, Wanted
+    from loraduct.converters.package import size_of
     from loraduct.formats.coreml.package import read
     from loraduct.validation import calibrate
 
@@ -140,8 +141,7 @@ def main() -> None:
             if key in rows or (how and not options):
                 continue
             if not options:
-                size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-                rows[key] = [size, 16.0, measured(target)]
+                rows[key] = [size_of(target), 16.0, measured(target)]
             else:
                 asked = dict(options)
                 if isinstance(asked.get("size"), str):
@@ -170,14 +170,10 @@ def line(key: str, row: Any) -> str:
     heading, _, how = key.partition("|")
     size, bits, found = row
     cells = [
-        f"{q['after']:.1f} | {q['kl']:.3f} | {q['top1']:.1%}"
-        if q["after"] < 1e4
-        else f"{q['after']:.1e} | {q['kl']:.3f} | {q['top1']:.1%}"
+        f"{q['after']:{'.1f' if q['after'] < 1e4 else '.1e'}} | {q['kl']:.3f} | {q['top1']:.1%}"
         for q in found
     ]
-    with_text = "yes" if how else "no"
-    if heading == "FLOAT16":
-        with_text = ""
+    with_text = "" if heading == "FLOAT16" else "yes" if how else "no"
     return f"| {heading} | {with_text} | {size / 1e6:.1f} MB | {bits:.2f} | {' | '.join(cells)} |"
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from loraduct.formats.coreml.constexpr import is_constant
 from loraduct.formats.coreml.package import Package
-from loraduct.formats.coreml.program import block_of_function, names_in, type_of
+from loraduct.formats.coreml.program import block_of_function, names_in, states_of, type_of
 from loraduct.text import several
 from loraduct.validation.checks import Check
 
@@ -49,7 +50,7 @@ class Function:
         self.function = package.functions[name]
         self.operations = list(_flat(block_of_function(self.function)))
         self.by_name = {out.name: op for op in self.operations for out in op.outputs}
-        self.working = [o for o in self.operations if not _constant(o)]
+        self.working = [o for o in self.operations if not is_constant(o)]
 
     def label(self, op: Any) -> str:
         """What a report calls an operation."""
@@ -68,9 +69,7 @@ class Function:
 
     def states(self) -> Iterator[tuple[str, tuple[int | None, ...]]]:
         """(name, shape) of every state."""
-        for named in self.function.inputs:
-            if named.type.WhichOneof("type") == "stateType":
-                yield named.name, type_of(named.type)[1]
+        return ((named.name, type_of(named.type)[1]) for named in states_of(self.function))
 
     def description(self) -> Any:
         """What the model's description says of the function."""
@@ -83,10 +82,6 @@ def _flat(block: Any) -> Iterator[Any]:
         yield op
         for inner in op.blocks:
             yield from _flat(inner)
-
-
-def _constant(op: Any) -> bool:
-    return bool(op.type == "const" or op.type.startswith("constexpr_"))
 
 
 def _too_wide(f: Function) -> Iterator[str]:
@@ -129,7 +124,7 @@ def _states_written(f: Function) -> Iterator[str]:
 
 
 def _four_bits_and_state(f: Function) -> Iterator[str]:
-    if not any(True for _ in f.states()):
+    if not states_of(f.function):
         return
     for op in f.operations:
         if op.type == _LUT and _codes(op, "indices", f) == "UINT4":

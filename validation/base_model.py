@@ -9,6 +9,7 @@ from typing import Any
 from loraduct.adapter import Adapter
 from loraduct.formats.base import Base, correlation, misread_fields, rope_conflicts
 from loraduct.tensor import FLOATS, Tensor, as_float32
+from loraduct.validation import runtimes
 from loraduct.validation.checks import Check
 from loraduct.validation.suites import Context, Suite, suite
 
@@ -96,10 +97,9 @@ def weights(adapter: Adapter, base: Base) -> tuple[Check, list[dict[str, Any]]]:
     Compressed ones are `declared.check`'s. Returns the check and a row for each matrix.
     """
     from loraduct.formats.coreml import record
-    from loraduct.formats.coreml.package import read
     from loraduct.formats.coreml.stored import PackageBase
 
-    package = read(adapter.path)
+    package = runtimes.package_at(adapter.path)
     held = PackageBase(package, record.read(package))
     rows: list[dict[str, Any]] = []
     guilty = []

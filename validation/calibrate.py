@@ -20,6 +20,7 @@ from loraduct.formats.base import Base
 from loraduct.formats.coreml.package import Package
 from loraduct.text import printable
 from loraduct.validation import coreml, mil, runtimes
+from loraduct.validation.logits import agreement, divergence, log_divergence, log_softmax, losses
 
 MOMENTS, HELD_OUT, PROBED = 256, 128, 64  # tokens at most: of calibration, of the check, of a probe
 LEAST = 12  # tokens, below which nothing can be said
@@ -40,22 +41,13 @@ class Text:
 def tokenized(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Tokens of each text by the tokenizer in ``folder``.
 
-    Raises Refused where there is none, MissingExtra without transformers.
+    Raises Refused where there is none, MissingExtra without transformers, RuntimeFailed.
     """
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
+    found = runtimes.tokenized(folder, texts)
+    if found is None:
         what = "holds no tokenizer (tokenizer.json); give --base DIR, or JSONL with ids"
         raise Refused(folder, what)
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingExtra("torch", "tokenizing the text") from None
-    with runtimes.quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            return [list(tokenizer(t)["input_ids"]) for t in texts]
-        except Exception as e:  # whatever the library raises
-            what = printable(f"{type(e).__name__}: {e}", 300)
-            raise Refused(folder, f"its tokenizer can't be used: {what}") from None
+    return found[0]
 
 
 def parted(rows: Tokens, context: int, vocabulary: int | None, file: Path) -> Text:
@@ -126,7 +118,9 @@ class Runner:
         from loraduct.formats.coreml import record
 
         context = record.read(self.package).get("context")
-        return context if isinstance(context, int) else min(1024, _sizes(self.session()))
+        if isinstance(context, int):
+            return context
+        return min(1024, self.session().positions or 1024)
 
     @property
     def vocabulary(self) -> int | None:
@@ -207,14 +201,14 @@ def probe(runner: Runner, ids: Tokens) -> Callable[[Mapping[str, Any]], float | 
     """What the predictions lose when the base's weights are changed: values by name -> mean KL, in
     nats; None where its function has no such weight."""
     few = _limited(ids, PROBED, PROBED)
-    exact = [_log_softmax(x) for x in runner.logits(few)]
+    exact = [log_softmax(x) for x in runner.logits(few)]
     known = _constants(runner.session())
 
     def loss(values: Mapping[str, Any]) -> float | None:
         if not values.keys() <= known.keys():
             return None
         with runner.changed(values):
-            return _divergence(exact, [_log_softmax(x) for x in runner.logits(few)])
+            return log_divergence(exact, [log_softmax(x) for x in runner.logits(few)])
 
     return loss
 
@@ -243,13 +237,6 @@ def _zeros(session: coreml.Session) -> dict[str, Any]:
     }
 
 
-def _sizes(session: coreml.Session) -> int:
-    """Positions of the cache; without one, of the longest fixed function."""
-    for state in session.state.values():
-        return int(state.shape[3])
-    return max(session.machines) or 1024
-
-
 # -- bases -----------------------------------------------------------------------------------------
 
 
@@ -260,17 +247,13 @@ def of_base(base: Base, ids: Tokens) -> dict[str, Any]:
     """
     import numpy as np
 
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise MissingExtra("torch", "running the base") from None
     with runtimes.quiet():
-        transformers.utils.logging.disable_progress_bar()
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(base.path), dtype=torch.float32, attn_implementation="eager"
-            ).eval()
+            import torch
+
+            model = runtimes.torch_model(base)
+        except ImportError as e:
+            raise MissingExtra("torch", f"running the base ({e.name})") from None
         except Exception as e:  # whatever the library raises
             what = printable(f"{type(e).__name__}: {e}", 300)
             raise Refused(base.path, f"transformers does not load it: {what}") from None
@@ -325,44 +308,14 @@ def quality(name: str, ids: Tokens, before: Sequence[Any], after: Sequence[Any])
     """From logits (tokens, vocabulary) of each row."""
     import numpy as np
 
-    equal = sum(
-        int((x.argmax(-1) == y.argmax(-1)).sum()) for x, y in zip(before, after, strict=True)
-    )
-    count = sum(map(len, ids))
     return Quality(
-        name, count, divergence(before, after), equal / count,
+        name, sum(map(len, ids)), divergence(before, after), agreement(before, after),
         *(float(np.exp(_loss(ids, logits))) for logits in (before, after)),
     )  # fmt: skip
 
 
-def divergence(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """Mean KL(before || after) per position, in nats, from logits (tokens, vocabulary) of each row."""
-    return _divergence(*([_log_softmax(x) for x in rows] for rows in (before, after)))
-
-
-def _divergence(before: Sequence[Any], after: Sequence[Any]) -> float:
-    """The same from logarithms of probabilities."""
-    import numpy as np
-
-    total = sum(float((np.exp(p) * (p - q)).sum()) for p, q in zip(before, after, strict=True))
-    return total / sum(map(len, before))
-
-
 def _loss(ids: Tokens, logits: Sequence[Any]) -> float:
     """Mean negative log-likelihood of each token after the first of its row; 0 if there is none."""
-    import numpy as np
-
-    total, count = 0.0, 0
-    for row, found in zip(ids, logits, strict=True):
-        at = np.arange(len(row) - 1)
-        total -= float(_log_softmax(found[:-1])[at, np.asarray(row[1:], int)].sum())
-        count += len(at)
-    return total / max(count, 1)
-
-
-def _log_softmax(x: Any) -> Any:
-    import numpy as np
-
-    wide = x.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    pairs = zip(ids, logits, strict=True)
+    total = sum(float(losses(found[:-1], row[1:]).sum()) for row, found in pairs)
+    return total / max(sum(len(row) - 1 for row in ids), 1)

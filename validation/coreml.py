@@ -39,6 +39,11 @@ class Session:
         """Whether every call starts from the beginning."""
         return not next(iter(self.machines.values())).program.states
 
+    @property
+    def positions(self) -> int:
+        """Of the cache; without one, of the longest fixed function; 0: any number."""
+        return max(self.machines) if self.stateless else self._context
+
     def start(self) -> None:
         """Forget all tokens."""
         self.state = next(iter(self.machines.values())).new_state()

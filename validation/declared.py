@@ -17,6 +17,7 @@ from loraduct.adapter import Adapter, LowRank
 from loraduct.formats.base import Base
 from loraduct.formats.coded import Code, Decoded, recoded
 from loraduct.tensor import Tensor, as_float32
+from loraduct.validation import runtimes
 from loraduct.validation.checks import Check
 
 BASE, ADAPTER = "base", "adapter"
@@ -31,22 +32,16 @@ def declared(adapter: Adapter) -> dict[str, Any]:
     """``base``, ``adapter`` -> how it was compressed; empty for all but packages that say so."""
     if adapter.format != "coreml":
         return {}
-    from loraduct.formats.coreml import record
-    from loraduct.formats.coreml.package import read
-
-    return dict(record.read(read(adapter.path)).get("compression") or {})
+    return dict(_record(adapter).get("compression") or {})
 
 
 def check(adapter: Adapter, base: Base) -> list[Check]:
     """A package's compressed weights against the base's, and whether its record tells of all."""
     if adapter.format != "coreml":
         return []
-    from loraduct.formats.coreml import record
-    from loraduct.formats.coreml.package import read
     from loraduct.formats.coreml.stored import PackageBase
 
-    package = read(adapter.path)
-    found = record.read(package)
+    found = _record(adapter)
     said = found.get("compression") or {}
     rows = found["adapters"][adapter.name]["modules"]
     for module, u in adapter.low_rank.items():
@@ -54,7 +49,7 @@ def check(adapter: Adapter, base: Base) -> list[Check]:
         if coded and not rows[module].get("sums") and not _covers(said.get(ADAPTER), coded):
             return [Check("codes", "failed", f"is {coded.way}; {_UNSAID}", module)]
     count = 0
-    held = PackageBase(package, found)
+    held = PackageBase(runtimes.package_at(adapter.path), found)
     for name, code in held.codes():
         weight = base.weight_of(name) if base.has_weights else None
         if not _covers(said.get(BASE), code):
@@ -68,6 +63,12 @@ def check(adapter: Adapter, base: Base) -> list[Check]:
         return []
     what = f"{count} compressed weights of the base: each value is its table's nearest"
     return [Check("codes", "passed", what)]
+
+
+def _record(adapter: Adapter) -> dict[str, Any]:
+    from loraduct.formats.coreml import record
+
+    return record.read(runtimes.package_at(adapter.path))
 
 
 _UNSAID = "the package's record does not say that it was compressed so"
@@ -106,10 +107,7 @@ def unturned(adapter: Adapter) -> frozenset[str]:
     """The modules of a package whose factors were compressed as they were, value by value."""
     if ADAPTER not in declared(adapter):
         return frozenset()
-    from loraduct.formats.coreml import record
-    from loraduct.formats.coreml.package import read
-
-    rows = record.read(read(adapter.path))["adapters"][adapter.name]["modules"]
+    rows = _record(adapter)["adapters"][adapter.name]["modules"]
     return frozenset(m for m, row in rows.items() if not row.get("sums"))
 
 
@@ -171,15 +169,11 @@ def _misplaced(code: Code, weight: Tensor) -> str | None:
             if at is None:
                 i, j = np.argwhere(off)[0]
                 at = rows.start + int(i), columns.start + int(j)
-    if not wrong:
+    if at is None:
         return None
     return (
-        (
-            f"{wrong} of {source.size} values, [{at[0]}, {at[1]}] the first, are not the nearest of"
-            f" {code.way}'s tables: damaged, or another module's"
-        )
-        if at
-        else None
+        f"{wrong} of {source.size} values, [{at[0]}, {at[1]}] the first, are not the nearest of"
+        f" {code.way}'s tables: damaged, or another module's"
     )
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +59,11 @@ class Device:
         return [f for f, s in self.sources.items() if s.startswith("assumed")]
 
 
+def is_positive(value: object) -> bool:
+    """Whether it is a number above 0 that can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e18
+
+
 def built_in() -> dict[str, Device]:
     """Name -> device, as shipped."""
     table = json.loads(_FILE.read_text(encoding="utf-8"))
@@ -81,8 +85,8 @@ def own(file: Path) -> dict[str, Device]:
     """The devices of a user's TOML. Raises Refused naming the device and the field."""
     try:
         table = tomllib.loads(read_bytes(file, _LIMIT).decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise Refused(file, f"is not TOML: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise Refused(file, f"is not TOML: {printable(str(e), 200)}") from None
     rows = table.get("device")
     if not isinstance(rows, dict) or not rows:
         raise Refused(file, 'holds no devices; expected tables [device."NAME"]')
@@ -102,9 +106,11 @@ def own(file: Path) -> dict[str, Device]:
             if key not in row:
                 continue
             value = row[key]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
-                raise Refused(file, f"{where}: {key} is {value!r}, expected a number above 0")
+            if not is_positive(value):
+                raise Refused(
+                    file,
+                    f"{where}: {key} is {printable(repr(value), 40)}, expected a number above 0",
+                )
             values[key] = float(value)
         source = str(row.get("source", "assumed: no source given"))
         sources = dict.fromkeys(values, source)
@@ -148,7 +154,7 @@ def find(name: str, known: Mapping[str, Device]) -> list[Device]:
     chips = [d for d in known.values() if d.chip.casefold() == wanted]
     if chips:
         return [chips[-1]]
-    names = [*known, *{d.chip for d in known.values()}]
+    names = list(dict.fromkeys([*known, *(d.chip for d in known.values())]))
     begins = [n.casefold() for n in names if wanted and n.casefold().startswith(wanted)][:3]
     near = begins or difflib.get_close_matches(wanted, [n.casefold() for n in names], 3, 0.5)
     shown = [next(n for n in names if n.casefold() == w) for w in near]

@@ -25,7 +25,6 @@ points that were not fitted, or is assumed where there are too few.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,15 +33,15 @@ from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.files import read_bytes
+from loraduct.formats.json_file import parse_object
 from loraduct.text import printable
-from loraduct.validation.devices import Device, find
-from loraduct.validation.workload import Workload
+from loraduct.validation.devices import Device, find, is_positive
+from loraduct.validation.workload import Workload, from_json
 
 OPERATIONS = 15  # in a block, about: products, norms, rotations, attention, sums
 ANE_SHARE = 0.7398  # of its memory's bandwidth that a Neural Engine reads, where nobody measured it
 MEASURED = 1  # schema of a file of measurements
-_LIMIT = 4 << 20
-_CACHE_TYPES = (int, float)
+_LIMIT = 4 << 20  # bytes of such a file
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,23 @@ def prompt_seconds(load: Workload, device: Device, engine: Engine, tokens: int) 
     """Of a whole prompt."""
     _, flops = rates(device, engine)
     read, _, blocks = terms(load, device, engine, 0)
-    each = 2 * (load.macs + load.adapter_macs) + 2 * tokens * load.layers * load.width
-    return max(tokens * each / (engine.compute * flops), engine.read * read) + engine.block * blocks
+    work = _prompt_operations(load, tokens)
+    return max(work / (engine.compute * flops), engine.read * read) + engine.block * blocks
+
+
+def _prompt_operations(load: Workload, tokens: int) -> float:
+    """n (2 M + 2 n L w), with what an adapter adds to M."""
+    return tokens * (2 * (load.macs + load.adapter_macs) + 2 * tokens * load.layers * load.width)
 
 
 def forecast(load: Workload, device: Device, engine: Engine, context: int) -> Forecast:
-    """One row. ``context``: tokens of the prompt, behind which tokens are generated."""
+    """One row. ``context``: tokens of the prompt, behind which tokens are generated.
+
+    Raises Refused for what reads no weights.
+    """
+    if not load.weight_bytes:
+        what = "holds its weights in no file, or none at all: there is nothing to forecast"
+        raise Refused(None, f"{printable(load.name, 200)} {what}")
     decode = 1 / decode_seconds(load, device, engine, context)
     prompt = prompt_seconds(load, device, engine, context) / context * 1e3
     memory = (
@@ -243,8 +253,7 @@ def _compute(engine: Engine, points: Sequence[Point]) -> float:
         _, _, blocks = terms(p.load, p.device, engine, 0)
         left = p.ms_per_prompt_token / 1e3 * p.prompt - engine.block * blocks
         if left > 0:
-            each = 2 * p.load.macs + 2 * p.prompt * p.load.layers * p.load.width
-            logs.append(math.log(p.prompt * each / left / flops))
+            logs.append(math.log(_prompt_operations(p.load, p.prompt) / left / flops))
     return math.exp(sum(logs) / len(logs)) if logs else engine.compute
 
 
@@ -280,12 +289,9 @@ def measured(
 
     ``load``: what points without a ``load`` of their own were measured with. Raises Refused.
     """
-    try:
-        value = json.loads(read_bytes(file, _LIMIT))
-    except (ValueError, RecursionError):
-        raise Refused(file, "is not JSON") from None
-    if not isinstance(value, dict) or value.get("schema") != MEASURED:
-        found = value.get("schema") if isinstance(value, dict) else None
+    value = parse_object(read_bytes(file, _LIMIT), file)
+    found = value.get("schema")
+    if found != MEASURED or isinstance(found, bool):
         what = f"has the schema {printable(repr(found), 40)}, expected {MEASURED}: measure anew"
         raise Refused(file, f"{what} with the program in docs/latency.md")
     engine, rows = value.get("engine"), value.get("points")
@@ -310,18 +316,16 @@ def _point(file: Path, i: int, row: Any, load: Workload | None, device: Device) 
 
     def number(key: str, *, whole: bool = False) -> Any:
         value: Any = row.get(key)
-        kinds = (int,) if whole else _CACHE_TYPES
-        sound = isinstance(value, kinds) and not isinstance(value, bool)
-        if not sound or not math.isfinite(value) or value <= 0:
+        if not is_positive(value) or (whole and not isinstance(value, int)):
             raise refuse(f"{key} is {printable(repr(value), 40)}, expected a number above 0")
         return value
 
     own = row.get("load")
     if own is not None:
         try:
-            load = Workload(**own)
-        except TypeError:
-            raise refuse("load has other fields than `bench --forecast --json` writes") from None
+            load = from_json(own)
+        except ValueError as e:
+            raise refuse(f"load {e}; take one of loads in `bench --device NAME --json`") from None
     if load is None:
         raise refuse("has no load; name the target that was measured")
     rates = [k for k in ("tokens_per_second", "ms_per_prompt_token") if row.get(k) is not None]

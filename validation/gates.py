@@ -1,4 +1,8 @@
-"""Limits on what ``loraduct bench`` found, row by row, and the comparison with an earlier document."""
+"""Gates and regressions: how limits are read, held against numbers, compared with an earlier document.
+
+`loraduct.validation.thresholds` uses them for the suites of ``validate``; the second half is
+for the rows of ``bench``.
+"""
 
 from __future__ import annotations
 
@@ -19,57 +23,145 @@ _LIMIT = 64 << 20
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
 }  # fmt: skip
-# gate -> the fields of a row that it holds for: measured, or forecast
+HIGHER_IS_BETTER = ("tokens_per_second",)  # of the numbers that are compared; of others less
+# gate -> the fields of a row of ``bench`` that it holds for: measured, or forecast
 FIELDS = {
     "max_ms_per_prompt_token": ("ms_per_prompt_token",),
     "min_tokens_per_second": ("tokens_per_second",),
     "max_memory": ("peak_bytes", "memory_bytes"),
 }
-# what is compared with an earlier document: True where more is worse
-COMPARED = {"ms_per_prompt_token": True, "tokens_per_second": False, "peak_bytes": True}
+# what of a row is compared with an earlier document
+COMPARED = ("ms_per_prompt_token", "tokens_per_second", "peak_bytes")
 KINDS = ("targets", "forecast")
 
 
-def bytes_in(text: str) -> float:
-    """``60MB``, ``1.5GiB``, ``4096``. Raises Refused."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)", text.strip())
+def bytes_in(value: object) -> float:
+    """``60MB``, ``1.5GiB``, ``4096``. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?[iI]?[bB]?)", str(value).strip())
     factor = _UNITS.get(match[2].upper()) if match else None
-    value = float(match[1]) * factor if match and factor else 0.0
-    if not 0 < value < 1e18:
-        raise Refused(None, f"{printable(text, 40)!r} is no size such as 60MB")
-    return value
+    found = float(match[1]) * factor if match and factor else 0.0
+    if not 0 < found < 1e18:
+        raise ValueError
+    return found
 
 
-def share_in(text: str) -> float:
-    """``5%`` or ``0.05``. Raises Refused."""
-    plain = text.strip()
-    try:
-        value = float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise Refused(None, f"tolerance {printable(text, 40)!r}, expected a share such as 5%")
-    return value
+def share_in(value: object) -> float:
+    """``5%`` or ``0.05``, from 0 to 1. Raises ValueError."""
+    plain = str(value).strip()
+    found = float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
+    if not 0 <= found <= 1:
+        raise ValueError
+    return found
 
 
-def number_in(text: str) -> float:
-    """A number above 0. Raises Refused."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not (math.isfinite(value) and value > 0):
-        raise Refused(None, f"{printable(text, 40)!r} is no number above 0")
-    return value
+def part_in(value: object) -> float:
+    """A share below 1. Raises ValueError."""
+    found = share_in(value)
+    if found == 1:
+        raise ValueError
+    return found
 
 
-_READERS: dict[str, Callable[[str], float]] = {
-    "max_ms_per_prompt_token": number_in,
-    "min_tokens_per_second": number_in,
-    "max_memory": bytes_in,
-    "max_size": bytes_in,
-    "tolerance": share_in,
+def number_in(value: object) -> float:
+    """A number above 0. Raises ValueError."""
+    found = float(str(value))
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError
+    return found
+
+
+def path_in(value: object) -> str:
+    """A path. Raises ValueError."""
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError
+    return str(value)
+
+
+_SHARE, _NUMBER, _SIZE = "share such as 5%", "number above 0", "size such as 60MB"
+# gate -> (what reads it, what it has to be)
+READERS: dict[str, tuple[Callable[[object], Any], str]] = {
+    "min_gain_kept": (share_in, _SHARE),
+    "min_greedy_agreement": (share_in, _SHARE),
+    "max_size": (bytes_in, _SIZE),
+    "max_memory": (bytes_in, _SIZE),
+    "max_ms_per_prompt_token": (number_in, _NUMBER),
+    "min_tokens_per_second": (number_in, _NUMBER),
+    "regress_from": (path_in, "path"),
+    "tolerance": (part_in, _SHARE),
 }
+
+
+def consistent(given: Mapping[str, Any], flag: str = "") -> None:
+    """Raises Refused for gates, read, that contradict each other. ``flag``: what stands before names."""
+    if given.get("tolerance") is not None and not given.get("regress_from"):
+        what = f"{flag}tolerance says how far behind {flag}regress-from, which is not given"
+        raise Refused(None, what)
+    most, memory = given.get("max_size"), given.get("max_memory")
+    if most and memory and memory < most:
+        what = f"{flag}max-memory {size(memory)} is below {flag}max-size {size(most)}"
+        raise Refused(
+            None, f"gates contradict each other: {what}: what is read has to fit in memory"
+        )
+
+
+def held(gate: str, limit: float, value: float | None, what: str = "it", why: str = "") -> Check:
+    """The check of one gate. ``what``: whose value that is; ``why`` there is none, which fails."""
+    words = gate.replace("_", "-")
+    if value is None:
+        return Check("gate", "failed", f"{words}: was not measured{why and f': {why}'}")
+    shown = size if READERS[gate][1] == _SIZE else number
+    fine = value >= limit if gate.startswith("min") else value <= limit
+    detail = f"{words} {shown(limit)}: {what} is {shown(value)}"
+    return Check("gate", "passed" if fine else "failed", detail)
+
+
+def regression(words: str, name: str, now: float | None, before: float, tolerance: float) -> Check:
+    """The check of one number against an earlier one. ``words`` say what it is."""
+    better = name.rpartition(".")[2] in HIGHER_IS_BETTER
+    worst = before * (1 - tolerance if better else 1 + tolerance)
+    fine = now is not None and (now >= worst if better else now <= worst)
+    what = f"{words} {'not measured' if now is None else number(now)}, before {number(before)}"
+    what += f", tolerance {tolerance:.2%}"
+    return Check("regression", "passed" if fine else "failed", what)
+
+
+def value_at(numbers: Any, path: str) -> float | None:
+    """The finite number at a dotted path, if there is one."""
+    for key in path.split("."):
+        numbers = numbers.get(key) if isinstance(numbers, Mapping) else None
+    if isinstance(numbers, bool) or not isinstance(numbers, int | float):
+        return None
+    try:
+        found = float(numbers)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
+
+
+def earlier_document(
+    file: Path, verb: str, schema: int, known: Callable[[dict[str, Any]], bool], foreign: str
+) -> dict[str, Any]:
+    """What a verb's --json wrote. Raises Refused: ``foreign`` where it is not ``known``, or an old
+    schema."""
+    try:
+        value = json.loads(read_bytes(file, _LIMIT))
+    except (ValueError, RecursionError):
+        raise Refused(file, "is not JSON") from None
+    if not isinstance(value, dict) or not known(value):
+        raise Refused(file, foreign)
+    found = value.get("schema")
+    if found != schema or isinstance(found, bool):
+        what = f"has schema {printable(repr(found), 40)}, expected {schema}"
+        raise Refused(file, f"{what}; run {verb} --json again")
+    return value
+
+
+def is_rows(value: object) -> bool:
+    """Whether it is a list of objects."""
+    return isinstance(value, list) and all(isinstance(r, dict) for r in value)
+
+
+# -- rows of ``bench`` ------------------------------------------------------------------------------
 
 
 def limits_of(given: Mapping[str, Any], *, runs: bool) -> dict[str, float]:
@@ -77,14 +169,15 @@ def limits_of(given: Mapping[str, Any], *, runs: bool) -> dict[str, float]:
 
     Raises Refused for values that are none, and for gates that contradict what is asked for.
     """
-    found = {k: read(str(given[k])) for k, read in _READERS.items() if given.get(k) is not None}
-    if "tolerance" in found and not given.get("regress_from"):
-        raise Refused(None, "--tolerance says how far behind --regress-from, which is not given")
-    if "max_size" in found and found.get("max_memory", found["max_size"]) < found["max_size"]:
-        what = f"--max-memory {size(found['max_memory'])} is below --max-size {size(found['max_size'])}"
-        raise Refused(
-            None, f"gates contradict each other: {what}: what is read has to fit in memory"
-        )
+    found = {}
+    for key in (*FIELDS, "max_size", "tolerance"):
+        read, what = READERS[key]
+        try:
+            if given.get(key) is not None:
+                found[key] = read(given[key])
+        except ValueError:
+            raise Refused(None, f"{printable(str(given[key]), 40)!r} is no {what}") from None
+    consistent({**found, "regress_from": given.get("regress_from")}, "--")
     idle = [k for k in (*FIELDS, "regress_from") if given.get(k) is not None and not runs]
     if idle:
         flag = idle[0].replace("_", "-")
@@ -112,21 +205,7 @@ def judge(
         found = [v for r in own for f in fields if (v := r.get(f)) is not None]
         worst = min if gate.startswith("min") else max
         values[gate] = worst(found) if found else None
-    checks = []
-    for gate, value in values.items():
-        if gate not in limits:
-            continue
-        words, shown = (
-            gate.replace("_", "-"),
-            size if gate in ("max_size", "max_memory") else number,
-        )
-        if value is None:
-            checks.append(Check("gate", "failed", f"{words}: was not measured"))
-            continue
-        fine = value >= limits[gate] if gate.startswith("min") else value <= limits[gate]
-        what = f"{words} {shown(limits[gate])}: it is {shown(value)}"
-        checks.append(Check("gate", "passed" if fine else "failed", what))
-    return checks
+    return [held(gate, limits[gate], value) for gate, value in values.items() if gate in limits]
 
 
 def name_of(row: Mapping[str, Any]) -> Any:
@@ -139,18 +218,9 @@ def earlier(file: Path, schema: int, kind: str) -> dict[str, Any]:
 
     Raises Refused for another kind of document, and for an old schema.
     """
-    try:
-        value = json.loads(read_bytes(file, _LIMIT))
-    except (ValueError, RecursionError):
-        raise Refused(file, "is not JSON") from None
-    if not isinstance(value, dict) or value.get("command") != "bench":
-        raise Refused(file, "is not what `loraduct bench --json` writes")
-    found = value.get("schema")
-    if found != schema or isinstance(found, bool):
-        what = f"has the schema {printable(repr(found), 40)}, expected {schema}"
-        raise Refused(file, f"{what}; run bench --json again")
-    rows = value.get(kind)
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+    foreign = "is not what `loraduct bench --json` writes"
+    value = earlier_document(file, "bench", schema, lambda v: v.get("command") == "bench", foreign)
+    if not is_rows(value.get(kind)):
         other = "a forecast" if kind == "targets" else "measurements"
         raise Refused(file, f"holds no {kind}; with {other} the two can't be compared")
     return value
@@ -165,26 +235,18 @@ def regressions(
     checks = []
     for row in rows:
         was = old.get(_key(row), {})
-        for name, more_is_worse in COMPARED.items():
-            now, then = _value(row, name), _value(was, name)
-            if not now or not then:
-                continue
-            fine = now <= then * (1 + allowed) if more_is_worse else now >= then * (1 - allowed)
-            where = " ".join(str(p) for p in _key(row) if p is not None)
-            what = f"{where}: {name} {number(now)}, before {number(then)}, tolerance {allowed:.2%}"
-            checks.append(Check("regression", "passed" if fine else "failed", what))
+        for name in COMPARED:
+            now, then = value_at(row, name), value_at(was, name)
+            if now and then:
+                where = " ".join(str(p) for p in _key(row) if p is not None)
+                checks.append(regression(f"{where}: {name}", name, now, then, allowed))
     if not checks:
         what = "the earlier document has no row of these targets, devices and contexts"
         checks.append(Check("regression", "failed", what))
     return checks
 
 
-def _value(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    sound = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if sound and math.isfinite(value) else None  # type: ignore[arg-type]
-
-
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     keys = ("runtime", "dtype", "device", "engine", "context")
-    return (name_of(row), *(row.get(k) for k in keys))
+    values = (name_of(row), *(row.get(k) for k in keys))
+    return tuple(v if v is None else str(v) for v in values)  # a stranger's may be no keys

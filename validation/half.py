@@ -8,6 +8,7 @@ from typing import Any
 from loraduct.adapter import Adapter
 from loraduct.text import several
 from loraduct.validation import mil, runtimes
+from loraduct.validation.logits import agreement, decisions, finite, largest
 
 NAMES = {
     mil.STORAGE: "half",  # every value between two operations is FLOAT16
@@ -28,32 +29,22 @@ def check(
     """
     import numpy as np
 
+    scale = max(float(np.abs(x).max()) for x in exact)
     for precision, name in NAMES.items():
         run, warnings = runtimes.run_package(adapter.path, adapter.name, ids, precision, count=0)
         broken = [w for w in warnings if "overflow" in w or "NaN" in w]
-        if broken or not all(bool(np.isfinite(x).all()) for x in run.logits):
+        if broken or not finite(run.logits):
             add(name, "failed", f"overflows FLOAT16: {several(broken) or 'the logits'}")
             continue
-        pairs = list(zip(exact, run.logits, strict=True))
-        error = max(float(np.abs(x - y).max()) for x, y in pairs)
-        largest = max(float(np.abs(x).max()) for x in exact)
-        equal = sum(int((x.argmax(-1) == y.argmax(-1)).sum()) for x, y in pairs)
-        count = sum(len(x) for x, _ in pairs)
-        wrong = sum(_wrong(x, y, error) for x, y in pairs)
+        error, equal = largest(exact, run.logits), agreement(exact, run.logits)
+        agree, decided = decisions(list(zip(exact, run.logits, strict=True)), error)
+        wrong = decided - agree
         numbers[f"{name.replace(' ', '_')}_max_difference"] = error
-        numbers[f"{name.replace(' ', '_')}_top1"] = equal / count
+        numbers[f"{name.replace(' ', '_')}_top1"] = equal
         what = (
-            f"largest difference {error:.2g} of logits up to {largest:.3g}, top-1 equal at"
-            f" {equal / count:.1%} of {count} positions"
+            f"largest difference {error:.2g} of logits up to {scale:.3g}, top-1 equal at"
+            f" {equal:.1%} of {sum(map(len, exact))} positions"
         )
         if wrong:
             what += f", and not at {wrong} where the margin exceeds twice the difference"
         add(name, "failed" if wrong else "passed", what)
-
-
-def _wrong(x: Any, y: Any, error: float) -> int:
-    import numpy as np
-
-    two = np.partition(x, -2, axis=-1)[:, -2:]
-    sure = (two[:, 1] - two[:, 0]) > 2 * error
-    return int((x.argmax(-1) != y.argmax(-1))[sure].sum())

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 CHILD = "loraduct.validation.latency_child"
 ROUNDS = 5
-DTYPES = ("stored", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -295,11 +294,14 @@ def run(context: Context) -> Suite:
     if "latency" not in context.wanted and not context.given & gates.FIELDS.keys():
         raise suites.CannotRun("takes a while: ask for it with --suite latency, or set a gate")
     targets, checks = [], []
+    ships = False  # whether the last target is what ships
     for label, adapter in zip("AB", context.adapters, strict=False):
         try:
             targets.append(latency_targets.of_adapter(adapter, context.base, str(adapter.path)))
+            ships = True
         except Refused as e:
             checks.append(Check("latency", "skipped", str(e), None, label))
+            ships = False
     slow = platform.system() != "Darwin" and any(t.runtime == "mlx" for t in targets)
     tokens = int(context.options.get("context") or (SLOW_CONTEXT if slow else CONTEXT))
     generate = int(context.options.get("generate") or (SLOW_GENERATE if slow else GENERATE))
@@ -319,8 +321,8 @@ def run(context: Context) -> Suite:
         "forecast": _forecasts(context, tokens),
         "machine": machine(),
     }
-    ships = str(context.adapters[-1].path)
-    numbers |= next((_ships(m) for m in done if m.name == ships), {})
+    if done and ships:
+        numbers |= _ships(done[-1])
     return suites.suite("latency", checks, numbers)
 
 
@@ -347,10 +349,10 @@ def _forecasts(context: Context, tokens: int) -> list[dict[str, Any]]:
             load = workload.of_package(*workload.read_package(adapter.path, adapter.name))
         else:
             load = workload.with_adapter(workload.of_base(context.base), adapter)
+        return [
+            forecast.forecast(load, device, engine, tokens).as_json()
+            for device in devices.built_in().values()
+            for engine in forecast.engines_for(packaged)
+        ]
     except Refused:
         return []
-    return [
-        forecast.forecast(load, device, engine, tokens).as_json()
-        for device in devices.built_in().values()
-        for engine in forecast.engines_for(packaged)
-    ]

@@ -43,11 +43,11 @@ class Torch:
         import transformers
 
         from loraduct.formats import base as base_folder
-        from loraduct.validation.runtimes import _auto_class
+        from loraduct.validation.runtimes import auto_class
 
         transformers.utils.logging.disable_progress_bar()
         self.torch, self.adapter = torch, job["adapter"]
-        kind = _auto_class(base_folder.read(Path(job["base"])).model_type)
+        kind = auto_class(base_folder.read(Path(job["base"])).model_type)
         wanted = None if job["dtype"] == "stored" else getattr(torch, job["dtype"])
         self.model = kind.from_pretrained(job["base"], dtype=wanted or "auto")
         if self.adapter:

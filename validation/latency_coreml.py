@@ -15,7 +15,6 @@ from typing import Any
 
 from loraduct.validation.coreml import IDS, LOGITS, MASK, POSITION
 
-UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
 # classes of coremltools.models.compute_device
 _NAMES = {
     "MLCPUComputeDevice": "CPU",
@@ -72,11 +71,13 @@ class CoreML:
         import numpy as np
 
         from loraduct.formats.coreml.package import read
+        from loraduct.formats.coreml.program import states_of
         from loraduct.validation import coreml, workload
 
         self.np, self.job = np, job
         package = read(Path(job["base"]))
-        members = coreml.functions(package)[job["adapter"] or next(iter(coreml.functions(package)))]
+        known = coreml.functions(package)
+        members = known[job["adapter"] or next(iter(known))]
         self.units = getattr(ct.ComputeUnit, job["units"])
         begin = time.perf_counter()
         self.compiled = ct.models.utils.compile_model(job["base"])
@@ -90,11 +91,7 @@ class CoreML:
         self.function = next(iter(members.values()))
         found = workload.of_package(package, self.function)
         self.context, self.stateless = found.buffer_tokens, not found.buffer_bytes
-        self.states = [
-            n.name
-            for n in package.functions[self.function].inputs
-            if n.type.WhichOneof("type") == "stateType"
-        ]
+        self.states = [named.name for named in states_of(package.functions[self.function])]
         self.seen: list[int] = []
         self.held: dict[int, Any] = {}
         self.last: int | None = None

@@ -14,6 +14,36 @@ from loraduct.validation.latency import Target
 NO_WEIGHTS = "holds no weights to run; ask for --device NAME: a forecast needs none"
 
 
+def package_at(path: Path) -> tuple[Path, str | None] | None:
+    """(package, None) for a package, (package, NAME) for ``PACKAGE:NAME``, None for anything else."""
+    from loraduct.formats.coreml.package import is_package
+
+    if is_package(path):
+        return path, None
+    package, _, name = str(path).rpartition(":")
+    named = package and not path.exists() and is_package(Path(package))
+    return (Path(package), name) if named else None
+
+
+def is_base(path: Path) -> bool:
+    """Whether a folder is a base model's, not an adapter's."""
+    from loraduct.formats import detect
+
+    return (path / "config.json").exists() and detect(path) is None
+
+
+def adapter_at(path: Path, base: Path | None) -> tuple[Adapter, Base]:
+    """An adapter and its base, read. Raises Refused, also where ``base`` is not given."""
+    from loraduct.formats import read
+    from loraduct.formats.options import ReadOptions
+
+    if base is None:
+        read(path)  # what can't be read at all is said first
+        raise Refused(path, "is an adapter: --base says which base it runs on")
+    model = base_folder.read(base)
+    return read(path, ReadOptions(base=model, restore=False)), model
+
+
 def target_of(
     path: Path,
     base: Path | None,
@@ -25,14 +55,10 @@ def target_of(
 
     Raises Refused, with a way out, for what can't be measured here.
     """
-    from loraduct.formats import detect
-    from loraduct.formats.coreml.package import is_package
-
-    package = str(path).rpartition(":")[0]
-    if is_package(path) or (package and is_package(Path(package)) and not path.exists()):
+    if package := package_at(path):
         if runtime not in (None, "coreml"):
             raise Refused(path, f"is a package, which runs in coreml, not in {runtime}")
-        return _package_target(path, units)
+        return _package_target(str(path), *package, units)
     if runtime == "coreml":
         raise Refused(path, "is no package: Core ML runs packages; `loraduct package` builds one")
     if path.suffix == ".onnx" or (path.is_dir() and any(path.glob("*.onnx"))):
@@ -41,27 +67,25 @@ def target_of(
             "is an ONNX model: loraduct writes none and does not know how its inputs are called, so it"
             " does not measure it; onnxruntime-genai's benchmark does",
         )
-    if (path / "config.json").exists() and detect(path) is None:
+    if is_base(path):
         return _base_target(path, runtime, dtype)
-    return _adapter_target(path, base, runtime, dtype)
+    adapter, model = adapter_at(path, base)
+    return of_adapter(adapter, model, str(path), runtime, dtype)
 
 
-def _package_target(path: Path, units: str) -> Target:
+def _package_target(shown: str, path: Path, name: str | None, units: str) -> Target:
     if platform.system() != "Darwin":
         raise Refused(
-            path,
+            Path(shown),
             "is a Core ML package, and Core ML runs on Apple's systems only: our interpreter here checks"
             " numbers and says nothing of a device's speed. Ask for --device NAME (a forecast), run this"
             " on a Mac, or measure on a phone with the program in docs/latency.md",
         )
     from loraduct.validation import workload
 
-    file, name = (path, None) if path.exists() else (Path(str(path).rpartition(":")[0]), path.name)
-    name = name.rpartition(":")[2] if name else None
-    package, function = workload.read_package(file, name)
-    load = workload.of_package(package, function)
+    load = workload.of_package(*workload.read_package(path, name))
     # any token is as good as another: the first hundred are in every vocabulary
-    return Target(str(path), "coreml", file, name, "stored", units, 100, load.buffer_tokens)
+    return Target(shown, "coreml", path, name, "stored", units, 100, load.buffer_tokens)
 
 
 def _base_target(path: Path, runtime: str | None, dtype: str | None) -> Target:
@@ -72,20 +96,6 @@ def _base_target(path: Path, runtime: str | None, dtype: str | None) -> Target:
     if kind == "torch" and model.quantization:
         raise Refused(path, "is packed by mlx-lm, torch can't load it; use --runtime mlx")
     return _folder_target(str(path), kind, model, None, dtype)
-
-
-def _adapter_target(
-    path: Path, base: Path | None, runtime: str | None, dtype: str | None
-) -> Target:
-    from loraduct.formats import read
-    from loraduct.formats.options import ReadOptions
-
-    if base is None:
-        read(path)  # what can't be read at all is said first
-        raise Refused(path, "is an adapter: --base says which base it runs on")
-    model = base_folder.read(base)
-    adapter = read(path, ReadOptions(base=model, restore=False))
-    return of_adapter(adapter, model, str(path), runtime, dtype)
 
 
 def of_adapter(
@@ -100,7 +110,7 @@ def of_adapter(
 
     kind = RUNTIME[adapter.format]
     if kind == "coreml":
-        return _package_target(Path(f"{adapter.path}:{adapter.name}"), "ALL")
+        return _package_target(f"{name}:{adapter.name}", adapter.path, adapter.name, "ALL")
     if runtime not in (None, kind):
         to = {"torch": "peft", "mlx": "mlx"}[str(runtime)]
         what = f"is an adapter of {kind}; `loraduct convert --to {to}` makes one of {runtime}"

@@ -36,8 +36,6 @@ PACKED = (
     "logits were not compared: the base is packed by mlx-lm, torch can't load it; give the unpacked"
     " base, or compare two MLX adapters"
 )
-
-
 ONE_COMPRESSED = (
     "logits were not compared: give the source adapter, not two of packages; one is compressed"
 )
@@ -213,17 +211,12 @@ def _logits(
         parity.text = {name: runs.tokenizer.decode(run.greedy) for name, run in shown.items()}
     effect = largest(bare[0].logits, done[0].logits)
     allowed = _allowed(adapters, parity)
-    bound = (
-        max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, allowed) * effect)
-        if across
-        else max(SAME_RUNTIME, allowed * effect)
-    )
-    if _explained(parity) and largest(done[0].logits, done[1].logits) > bound:
-        size = max(d.rounding for d in parity.compared)
-        shaken = jiggle.logits(adapters[0], kinds[0], runs, size)
-        if shaken is not None:
-            parity.numbers["sensitivity"] = largest(done[0].logits, shaken)
-            bound = max(bound, ROUNDING_FACTOR * parity.numbers["sensitivity"])
+    if across:
+        bound = max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, allowed) * effect)
+    else:
+        bound = max(SAME_RUNTIME, allowed * effect)
+    if largest(done[0].logits, done[1].logits) > bound:
+        bound = max(bound, _shaken(adapters[0], kinds[0], runs, done[0].logits, parity))
     parity.numbers |= _measured(done, bound) | {"bound": bound, "effect": effect}
     broken = [
         f"{label} computes NaN or Inf in {kind}"
@@ -252,10 +245,19 @@ def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
     return min(ROUNDING_FACTOR * measured, coarsest)
 
 
-def _explained(parity: Parity) -> bool:
-    """Whether dW was compared everywhere and is off by rounding alone, of a size worth trying."""
-    fits = parity.same_modules and all(d.fits for d in parity.deltas)
-    return fits and any(d.rounding > EQUAL for d in parity.compared)
+def _shaken(first: Adapter, kind: str, runs: Runs, exact: Sequence[Any], parity: Parity) -> float:
+    """The bound by what rounding of the measured size does to A's logits.
+
+    0 unless dW was compared everywhere and is off by rounding alone, of a size worth trying.
+    """
+    size = max((d.rounding for d in parity.compared), default=0.0)
+    if not (parity.same_modules and all(d.fits for d in parity.deltas) and size > EQUAL):
+        return 0.0
+    shaken = jiggle.logits(first, kind, runs, size)
+    if shaken is None:
+        return 0.0
+    parity.numbers["sensitivity"] = largest(exact, shaken)
+    return ROUNDING_FACTOR * float(parity.numbers["sensitivity"])
 
 
 def _measured(runs: Sequence[runtimes.Run], bound: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ ENDS = (2.5, 97.5)  # percentiles
 
 def run(context: Context) -> Suite:
     """The suite. Raises CannotRun without a text or a base to run."""
-    if context.text is None:
+    if context.runs.text is None:
         raise CannotRun("no text: --text FILE, what the adapter should be good at")
     if not context.base.has_weights:
         raise CannotRun(f"{context.base.path} holds no weights to run")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
+from loraduct.pages import page, text
 from loraduct.validation import report_plots as plots
 from loraduct.validation.report_figures import FIGURES
 from loraduct.validation.report_html import (
@@ -25,14 +26,19 @@ from loraduct.validation.report_html import (
     records,
     shown,
     table,
-    text,
 )
 from loraduct.validation.report_style import STYLE
+from loraduct.validation.suites import SCHEMA
 
-SCHEMA = 2  # of the documents that are understood
 MOST_BYTES = 2_000_000
 MOST_JSON = 64 << 20  # bytes of a document that is read
 ROWS = (400, 60, 8)  # of each table: fewer where the page would be too large
+MOST_SUITES = 40
+# beside what the shell has: nothing may be loaded, even if something should have slipped through
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+    " style-src 'unsafe-inline'\">\n"
+)
 SIDES = {"a": "A", "b": "B"}
 SIGNS = {"passed": "✓", "failed": "✗", "warning": "!", "skipped": "–"}
 WHAT = {
@@ -54,10 +60,12 @@ def html(document: Mapping[str, Any], source: Path | None = None) -> str:
     """
     plots.available()
     _check(document, source)
+    thresholds = mapped(document, "thresholds")
+    suites = [(s, _plots(s, thresholds)) for s in document["suites"][:MOST_SUITES]]
     for rows in ROWS:
-        page = _page(document, Limits(rows))
-        if len(page.encode()) <= MOST_BYTES:
-            return page
+        made = _page(document, suites, Limits(rows))
+        if len(made.encode()) <= MOST_BYTES:
+            return made
     raise Refused(source, f"is too large for a page of {MOST_BYTES:,} bytes; read the JSON itself")
 
 
@@ -84,8 +92,11 @@ def _check(document: Mapping[str, Any], source: Path | None) -> None:
                 raise Refused(source, f"suites[{n}] holds a check without status: it is damaged")
 
 
-def _page(document: Mapping[str, Any], limits: Limits) -> str:
-    inputs, thresholds = mapped(document, "inputs"), mapped(document, "thresholds")
+def _page(
+    document: Mapping[str, Any], suites: Sequence[tuple[Mapping[str, Any], str]], limits: Limits
+) -> str:
+    """``suites``: each with its plots, which no limit changes."""
+    inputs = mapped(document, "inputs")
     names = " against ".join(_name(inputs[k]) for k in ("a", "b") if inputs.get(k))
     title = text(names or "Validation", 90)
     parts = [
@@ -93,17 +104,10 @@ def _page(document: Mapping[str, Any], limits: Limits) -> str:
         f'<p class="quiet">{_sides(inputs)}</p>\n<p class="quiet">{_made(document)}</p>\n',
         _verdict(document, limits),
         _suites(document),
-        *(_suite(suite, thresholds, limits) for suite in document["suites"][:40]),
+        *(_suite(suite, drawn, limits) for suite, drawn in suites),
         _provenance(document, limits),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
-        " style-src 'unsafe-inline'\">\n"
-        f"<title>{_outcome(document)[1]}: {title}</title>\n<style>{STYLE}</style></head>\n"
-        f"<body><main>\n{''.join(parts)}</main></body></html>\n"
-    )
+    return page(f"{_outcome(document)[1]}: {title}", STYLE, "".join(parts), POLICY)
 
 
 def _name(given: object) -> str:
@@ -115,7 +119,7 @@ def _name(given: object) -> str:
 def _sides(inputs: Mapping[str, Any]) -> str:
     """Which is A, which is B, and on what."""
     paths = {
-        SIDES.get(key, key): given.get("path") if _is_input(given) else given
+        SIDES.get(key, key): given.get("path") if isinstance(given, Mapping) else given
         for key, given in list(inputs.items())[:8]
         if given
     }
@@ -181,14 +185,23 @@ def _suites(document: Mapping[str, Any]) -> str:
             "" if missing(s.get("seconds")) else shown(s["seconds"]),
             text(s.get("reason") or WHAT.get(s["name"], "")),
         ]
-        for s in document["suites"][:40]
+        for s in document["suites"][:MOST_SUITES]
     ]
     return "<h2>Suites</h2>\n" + table(
         ["suite", "status", "time [s]", "about"], rows, ["", "", "number", "text"]
     )
 
 
-def _suite(suite: Mapping[str, Any], thresholds: Mapping[str, Any], limits: Limits) -> str:
+def _plots(suite: Mapping[str, Any], thresholds: Mapping[str, Any]) -> str:
+    """The plots of one suite that was run."""
+    name = suite["name"]
+    if suite.get("status") == "skipped" or name not in FIGURES:
+        return ""
+    figures = FIGURES[name](mapped(suite, "numbers"), thresholds)
+    return f'<div class="plots">\n{"".join(figures)}</div>\n' if figures else ""
+
+
+def _suite(suite: Mapping[str, Any], drawn: str, limits: Limits) -> str:
     """One suite: its plots, its numbers, its checks."""
     if suite.get("status") == "skipped":
         return ""  # said in the verdict
@@ -196,9 +209,7 @@ def _suite(suite: Mapping[str, Any], thresholds: Mapping[str, Any], limits: Limi
     parts = [f"<h2>{text(name.capitalize(), 80)} {_status(suite.get('status'))}</h2>\n"]
     if name in WHAT:
         parts.append(f'<p class="quiet">{WHAT[name]}</p>\n')
-    figures = FIGURES[name](numbers, thresholds) if name in FIGURES else []
-    if figures:
-        parts.append(f'<div class="plots">\n{"".join(figures)}</div>\n')
+    parts.append(drawn)
     if found := list(pairs(numbers)):
         parts.append(details("Numbers", key_table(found, limits), opened=len(found) <= 12))
     for label, rows in list(lists(numbers))[:40]:
@@ -242,7 +253,7 @@ def _provenance(document: Mapping[str, Any], limits: Limits) -> str:
     given = [
         {"input": SIDES.get(k, k), **v}
         for k, v in mapped(document, "inputs").items()
-        if _is_input(v)
+        if isinstance(v, Mapping)
     ]
     if given:
         parts.append(f"<h3>Inputs</h3>\n{records(given, limits)}")
@@ -256,7 +267,3 @@ def _provenance(document: Mapping[str, Any], limits: Limits) -> str:
         for label, rows in list(lists(part))[:10]:
             parts.append(details(f"{title}: {label}", records(rows, limits)))
     return "".join(parts)
-
-
-def _is_input(value: object) -> bool:
-    return isinstance(value, Mapping)

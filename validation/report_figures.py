@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from loraduct.modules import block_of
+from loraduct.modules import places
 from loraduct.validation import report_plots as plots
 from loraduct.validation.report_html import figure, is_interval, is_number, listed, mapped
 
@@ -50,14 +50,10 @@ def _positions(numbers: Numbers) -> list[str]:
 
 
 def _placed(modules: Sequence[Any]) -> list[Placed]:
-    """The modules within blocks; where there are several lists of blocks, each under its own."""
-    found = [
-        (place, m)
-        for m in modules
-        if isinstance(m, Mapping) and (place := block_of(str(m.get("module"))))
-    ]
-    several = len({place[0] for place, _ in found}) > 1
-    return [(layer, f"{where}.{kind}" if several else kind, m) for (where, layer, kind), m in found]
+    """The modules within blocks."""
+    rows = [(str(m.get("module")), m) for m in modules if isinstance(m, Mapping)]
+    at = places(name for name, _ in rows)
+    return [(*at[name], m) for name, m in rows if name in at]
 
 
 def _series(placed: Sequence[Placed], key: str) -> dict[str, list[tuple[int, float]]]:
@@ -127,11 +123,8 @@ def _quality(numbers: Numbers, thresholds: Numbers) -> list[str]:
 
 
 def _threshold(thresholds: Numbers, name: str) -> float | None:
-    """A threshold by its name, with dashes or underscores."""
-    for key in (name, name.replace("_", "-")):
-        if is_number(thresholds.get(key)):
-            return float(thresholds[key])
-    return None
+    """A threshold by its name, where it is set."""
+    return float(thresholds[name]) if is_number(thresholds.get(name)) else None
 
 
 def _size(numbers: Numbers, thresholds: Numbers) -> list[str]:

@@ -1,18 +1,17 @@
-"""Pieces of HTML: numbers with their exact value, tables, and strangers' text made harmless."""
+"""Pieces of HTML: numbers with their exact value, and tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from loraduct.text import printable, size
+from loraduct.pages import text
+from loraduct.text import size
 
 DEEPEST = 6  # of mappings within mappings; deeper ones are not of our making
 MOST_COLUMNS = 24
-LONGEST = 600  # characters of one text
 
 # What a key means: (label, unit). Units "bytes" and "share" are shown in MB and in per cent; what is
 # within a mapping and has no meaning of its own has the mapping's unit.
@@ -69,11 +68,6 @@ class Limits:
     """How much of a long list is shown; the rest is in the JSON."""
 
     rows: int
-
-
-def text(value: object, most: int = LONGEST) -> str:
-    """Anything as words: control characters visible, markup inert."""
-    return escape(printable(str(value), most), quote=True)
 
 
 def missing(value: object) -> bool:

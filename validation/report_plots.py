@@ -79,7 +79,7 @@ def positions(values: Sequence[Number], bound: Number, unit: str) -> str:
         axes.plot(at, largest, "-", color=SERIES[0], marker="o", markersize=2.5, linewidth=1)
         if bound is not None:
             axes.axhline(bound, color=SERIES[1], linestyle="--", linewidth=1.4, label="bound")
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+            _legend(axes, 2)
         shown = [*largest, *([] if bound is None else [bound])]
         if all(v > 0 for v in shown if not math.isnan(v)):
             axes.set_yscale("log")
@@ -123,7 +123,7 @@ def by_layer(
         _whole(axes.xaxis)
         axes.set_xlabel("layer")
         axes.set_ylabel(unit)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handletextpad=0.2)
+        _legend(axes, 2, handletextpad=0.2)
 
     return _svg("layers", paint, 230 + 8 * len(series))
 
@@ -227,7 +227,7 @@ def intervals(
             axes.plot([value], [n], "o", color=SERIES[0], markersize=6)
         if mark is not None:
             axes.axvline(mark[0], color=SERIES[1], linestyle="--", linewidth=1.4, label=mark[1])
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+            _legend(axes, 2)
         axes.set_yticks(range(len(rows)), [_short(r[0]) for r in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.08)
@@ -247,13 +247,18 @@ def bars(name: str, rows: Sequence[str], series: Mapping[str, Sequence[float]], 
             at = [i + (n - (len(series) - 1) / 2) * thick for i in range(len(rows))]
             axes.barh(at, values, thick * 0.9, color=SERIES[n % len(SERIES)], label=label)
         if len(series) > 1:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(series))
+            _legend(axes, len(series))
         axes.set_yticks(range(len(rows)), [_short(r) for r in rows])
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_xlabel(unit)
 
     return _svg(name, paint, 75 + (14 + 8 * len(series)) * len(rows))
+
+
+def _legend(axes: Any, columns: int, **more: float) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, **more)
 
 
 def _short(name: str, most: int = LONGEST) -> str:

@@ -12,6 +12,7 @@ from loraduct.adapter import Adapter
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.validation import runtimes, texts
+from loraduct.validation.logits import losses
 from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Loaded, Run
 
 MOST_TOKENS = 1024  # of a text: what is longer is cut
@@ -62,9 +63,8 @@ class Runs:
         self.base, self.prompts, self.file = base, prompts, file
         self.text, self.rows, self.most, self.adapters = text, rows, most, adapters
         self.progress = progress
-        self._done: dict[
-            object, tuple[Adapter, Done]
-        ] = {}  # the adapter is held: its id is the key
+        # the adapter is held: its id is the key
+        self._done: dict[object, tuple[Adapter, Done]] = {}
 
     @cached_property
     def _tokens(self) -> tuple[list[list[int]], Any]:
@@ -90,8 +90,9 @@ class Runs:
         """The most positions that the base and all packages have."""
         stated = (self.base.text_config.get(k) for k in _POSITIONS)
         own = [v for v in stated if type(v) is int and v > 0]
-        packages = {a.path: a for a in self.adapters if a.format == "coreml"}
-        return min([*own, *(context(p, a.name) for p, a in packages.items())], default=1 << 20)
+        packages = {a.path: a.name for a in self.adapters if a.format == "coreml"}
+        own += [runtimes.session_of(path, name).positions for path, name in packages.items()]
+        return min((n for n in own if n), default=1 << 20)
 
     @cached_property
     def texts(self) -> tuple[list[texts.Text], int]:
@@ -140,22 +141,6 @@ def _score(model: Loaded, text: texts.Text) -> Scored:
     """The loss of each scored token given those before it."""
     import numpy as np
 
-    at = np.array(text.scored)
-    z = np.asarray(model.logits(text.ids))[at - 1].astype(np.float64)
-    top = z.max(axis=-1)
+    z = np.asarray(model.logits(text.ids))[np.array(text.scored) - 1]
     with np.errstate(invalid="ignore"):
-        norm = top + np.log(np.exp(z - top[:, None]).sum(axis=-1))
-    return Scored(norm - z[np.arange(len(at)), np.array(text.ids)[at]], z.argmax(axis=-1))
-
-
-def context(path: Path, adapter: str | None) -> int:
-    """How many positions a package holds for an adapter; those without a state take any number."""
-    from loraduct.formats.coreml.package import read
-    from loraduct.validation import coreml
-
-    package = read(path)
-    name = coreml.alone(package, adapter) if adapter else None
-    made = coreml.session(package, name)
-    if made.stateless:
-        return max(made.machines) or 1 << 20
-    return int(next(iter(made.state.values())).shape[3])
+        return Scored(losses(z, [text.ids[p] for p in text.scored]), z.argmax(axis=-1))

@@ -19,10 +19,12 @@ from loraduct.errors import LoraductError, MissingExtra, Refused
 from loraduct.files import write_file
 from loraduct.formats import CONFIG, json_file, mlx, packed_adapter, peft, peft_keys
 from loraduct.formats.base import Base
+from loraduct.formats.coreml import package as packages
+from loraduct.formats.coreml.package import Package, spec_path
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
-from loraduct.validation.mil import FULL, Weights
+from loraduct.validation import coreml, mil
 
 RUNTIME = {"peft": "torch", "mlx": "mlx", "coreml": "coreml"}
 PROMPTS = (
@@ -78,19 +80,9 @@ def tokenize(base: Base, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
 
     A base without one gets fixed pseudo-random tokens. Returns (ids, tokenizer or None).
     """
-    has_tokenizer = any((base.path / n).exists() for n in ("tokenizer.json", "tokenizer.model"))
-    if has_tokenizer:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            raise MissingExtra("torch", "tokenizing prompts") from None
-        with quiet():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(str(base.path))
-                return [tokenizer(p)["input_ids"] or [0] for p in prompts], tokenizer
-            except Exception as e:
-                what = printable(f"{type(e).__name__}: {e}", 300)
-                raise RuntimeFailed(f"the tokenizer of {base.path} can't be used: {what}") from e
+    found = tokenized(base.path, prompts)
+    if found is not None:
+        return [ids or [0] for ids in found[0]], found[1]
     import numpy as np
 
     vocabulary = base.text_config.get("vocab_size", 2)
@@ -101,6 +93,26 @@ def tokenize(base: Base, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
         )
     rng = np.random.default_rng(0)
     return [rng.integers(0, vocabulary, 12 + 3 * i).tolist() for i in range(len(prompts))], None
+
+
+def tokenized(folder: Path, texts: Sequence[str]) -> tuple[list[list[int]], Any] | None:
+    """Token ids of the texts, and the folder's tokenizer; None where it has none.
+
+    Raises MissingExtra without transformers, RuntimeFailed where it can't use the tokenizer.
+    """
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtra("torch", "tokenizing text") from None
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            return [list(tokenizer(t)["input_ids"]) for t in texts], tokenizer
+        except Exception as e:  # whatever the library raises
+            what = printable(f"{type(e).__name__}: {e}", 300)
+            raise RuntimeFailed(f"the tokenizer of {folder} can't be used: {what}") from e
 
 
 def run(
@@ -148,7 +160,7 @@ def run_package(
     path: Path,
     adapter: str | None,
     ids: Sequence[Sequence[int]],
-    precision: str = FULL,
+    precision: str = mil.FULL,
     count: int = NEW_TOKENS,
 ) -> tuple[Run, list[str]]:
     """Run a package's base, or one of its adapters, through the reference interpreter.
@@ -159,19 +171,11 @@ def run_package(
 
 
 def use_package(
-    path: Path, adapter: str | None, work: Callable[[Loaded], T], precision: str = FULL
+    path: Path, adapter: str | None, work: Callable[[Loaded], T], precision: str = mil.FULL
 ) -> tuple[T, list[str]]:
     """What ``work`` makes of a package's base or adapter, and the warnings of overflow."""
-    from loraduct.formats.coreml.package import spec_path
-    from loraduct.validation import coreml, mil
-
-    stamp = spec_path(path).stat()
-    weights = _weights(path, (stamp.st_ino, stamp.st_mtime_ns))
-    package = weights.package
     ranges = mil.Ranges()
-    known = coreml.functions(package)
-    name = coreml.alone(package, adapter) if adapter else next(iter(known))
-    session = coreml.session(package, name, weights=weights, precision=precision, ranges=ranges)
+    session = session_of(path, adapter, precision=precision, ranges=ranges)
 
     def logits(ids: Sequence[int]) -> Any:
         session.start()
@@ -183,12 +187,33 @@ def use_package(
     return work(Loaded(logits, greedy)), ranges.warnings
 
 
-@lru_cache(maxsize=1)
-def _weights(path: Path, stamp: tuple[int, int]) -> Weights:
-    """A package's weights, decoded once for all its runs; ``stamp``: of its specification."""
-    from loraduct.formats.coreml.package import read
+def session_of(path: Path, adapter: str | None, **options: Any) -> coreml.Session:
+    """What runs a package's adapter alone, or its default function. Raises Refused."""
+    package = package_at(path)
+    name = coreml.alone(package, adapter) if adapter else None
+    return coreml.session(package, name, weights=_weights(path, _stamp(path)), **options)
 
-    return Weights(read(path))
+
+def package_at(path: Path) -> Package:
+    """The package, parsed once for all that is asked of it. Raises Refused."""
+    return _package(path, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Of a package's specification: another one is there after every edit."""
+    stamp = spec_path(path).stat()
+    return stamp.st_ino, stamp.st_mtime_ns
+
+
+@lru_cache(maxsize=2)
+def _package(path: Path, stamp: tuple[int, int]) -> Package:
+    return packages.read(path)
+
+
+@lru_cache(maxsize=1)
+def _weights(path: Path, stamp: tuple[int, int]) -> mil.Weights:
+    """A package's weights, decoded once for all its runs."""
+    return mil.Weights(_package(path, stamp))
 
 
 def usual_weights(adapter: Adapter) -> bool:
@@ -267,20 +292,32 @@ def _check_missing(messages: Sequence[str], adapter: Adapter) -> None:
     raise RuntimeFailed(what)
 
 
-def _torch(base: Base, adapter: Path | None) -> Loaded:
+def torch_model(base: Base) -> Any:
+    """The base in stock transformers, in float32."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     # eager attention: the fused kernel turns a NaN in the weights into finite logits
-    model = _auto_class(base.model_type).from_pretrained(
-        str(base.path), dtype=torch.float32, attn_implementation="eager"
+    return (
+        auto_class(base.model_type)
+        .from_pretrained(str(base.path), dtype=torch.float32, attn_implementation="eager")
+        .eval()
     )
+
+
+def _torch(base: Base, adapter: Path | None) -> Loaded:
+    model = torch_model(base)
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter))
-    model.eval()
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    return of_torch(model)
+
+
+def of_torch(model: Any) -> Loaded:
+    """What is asked of a model of transformers' or PEFT's."""
+    import torch
 
     def logits(ids: Sequence[int]) -> Any:
         with torch.inference_mode():
@@ -301,7 +338,7 @@ def _torch(base: Base, adapter: Path | None) -> Loaded:
     return Loaded(logits, greedy)
 
 
-def _auto_class(model_type: str) -> Any:
+def auto_class(model_type: str) -> Any:
     """What loads this type in transformers with a head: models that also see have no causal class.
 
     Which classes there are is transformers' own table (5.23.0, models/auto/modeling_auto.py).
@@ -315,10 +352,9 @@ def _auto_class(model_type: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _mlx(base: Base, adapter: Path | None) -> Loaded:
+def mlx_model(base: Base, adapter: Path | None = None) -> Any:
+    """The base in stock mlx-lm, with an adapter's folder or without, computing in float32."""
     import mlx.core as mx
-    import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
@@ -329,6 +365,18 @@ def _mlx(base: Base, adapter: Path | None) -> Loaded:
         mx.float32
     )  # packed weights stay packed; their scales and all else compute wide
     model.eval()
+    return model
+
+
+def _mlx(base: Base, adapter: Path | None) -> Loaded:
+    return of_mlx(mlx_model(base, adapter))
+
+
+def of_mlx(model: Any) -> Loaded:
+    """What is asked of a model of mlx-lm's."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.models.cache import make_prompt_cache
 
     def logits(ids: Sequence[int]) -> Any:
         return np.array(model(mx.array([list(ids)]))[0].astype(mx.float32))

@@ -81,19 +81,15 @@ def suite(name: str, checks: Sequence[Check], numbers: Mapping[str, Any] | None 
 class Context:
     """What is validated, and against what.
 
-    ``adapters``: A, or A and B. ``beside``: more adapters for `swap`. ``text``: the file for
-    `quality`. ``thresholds``: by the names of `loraduct.validation.thresholds`; those not given
-    have their default or None. ``options``: of the latency suite (``context``, ``generate``).
-    ``runs`` loads each model once and keeps its results.
+    ``adapters``: A, or A and B. ``beside``: more adapters for `swap`. ``options``: of the latency suite
+    (``context``, ``generate``), and the ``pool`` that `swap` tries. ``runs`` has the prompts and texts,
+    loads each model once and keeps its results.
     """
 
     adapters: tuple[Adapter, ...]
     base: Base
     runs: Runs
-    prompts: tuple[str, ...] = ()
-    text: Path | None = None
     beside: tuple[Path, ...] = ()
-    thresholds: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()  # thresholds that the user set
     options: Mapping[str, Any] = field(default_factory=dict)
     names: NameMap | None = None

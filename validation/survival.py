@@ -21,6 +21,7 @@ from loraduct.formats.coreml.constexpr import is_compressed
 from loraduct.formats.coreml.program import mangled
 from loraduct.formats.coreml.stored import PackageBase
 from loraduct.tensor import FLOATS, Tensor, as_float32
+from loraduct.validation.logits import divergence
 
 _NUMBERS = 1 << 20  # of a weight, at once
 
@@ -277,20 +278,5 @@ def effect(base: Sequence[Any], unfused: Sequence[Any], fused: Sequence[Any]) ->
     )
     sizes = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
     cosine = float(wanted @ got) / (sizes[0] * sizes[1]) if all(sizes) else float(not any(sizes))
-    return Effect(
-        cosine, sizes[1] / sizes[0] if sizes[0] else 1.0, _kl(unfused, fused), _kl(unfused, base)
-    )
-
-
-def _kl(xs: Sequence[Any], ys: Sequence[Any]) -> float:
-    import numpy as np
-
-    total = count = 0.0
-    for x, y in zip(xs, ys, strict=True):
-        p, q = (
-            z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
-            for z in (x.astype(np.float64), y.astype(np.float64))
-        )  # fmt: skip
-        total += float((np.exp(p) * (p - q)).sum())
-        count += len(x)
-    return total / count
+    size = sizes[1] / sizes[0] if sizes[0] else 1.0
+    return Effect(cosine, size, divergence(unfused, fused), divergence(unfused, base))

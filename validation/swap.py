@@ -328,16 +328,9 @@ def _by_peft(
 def _by_mlx_lm(
     base: Base, given: dict[str, Any], states: Sequence[State], ids: Sequence[int]
 ) -> Iterator[tuple[State, Any]]:
-    from mlx_lm.tuner.utils import load_adapters
-
     for state in states:
-        model, logits = _live("mlx", base, ids)
-        load_adapters(model, str(given[state[0][0]][0]))
-        import mlx.core as mx
-
-        model.set_dtype(mx.float32)
-        model.eval()
-        yield state, logits(model)
+        model = runtimes.mlx_model(base, given[state[0][0]][0])
+        yield state, runtimes.of_mlx(model).logits(ids)
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -347,28 +340,11 @@ def _live(backend: str, base: Base, ids: Sequence[int]) -> tuple[Any, Logits]:
     """A fresh model in float32, and what gives a model's logits (tokens, vocabulary)."""
     if not base.has_weights:
         raise Refused(base.path, "holds no weights (model*.safetensors): nothing can be run on it")
-    if backend == "torch":
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        model = runtimes._auto_class(base.model_type).from_pretrained(
-            str(base.path), dtype=torch.float32, attn_implementation="eager"
-        )
-
-        def of_torch(model: Any) -> Any:
-            with torch.inference_mode():
-                return model(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
-
-        return model.eval(), of_torch
-    import mlx.core as mx
-    import numpy as np
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(base.path)
-    model.set_dtype(mx.float32)
-    model.eval()
-    return model, lambda model: np.array(model(mx.array([list(ids)]))[0].astype(mx.float32))
+    load, of = {
+        "torch": (runtimes.torch_model, runtimes.of_torch),
+        "mlx": (runtimes.mlx_model, runtimes.of_mlx),
+    }[backend]
+    return load(base), lambda model: of(model).logits(ids)
 
 
 def _digest(backend: str, model: Any) -> str:

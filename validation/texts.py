@@ -1,4 +1,4 @@
-"""The user's text for `quality`: read, put into tokens, and which of them are scored."""
+"""Files of texts that users give; those for `quality` put into tokens, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraduct.errors import Refused
 from loraduct.files import read_bytes
 from loraduct.text import printable
 
-MOST_BYTES = 16 << 20
+MOST_BYTES, PAGE_BYTES = 16 << 20, 4 << 20  # of a file for `quality`; of prompts, of calibration
 TURNS = ("role", "content")
 
 
@@ -24,18 +24,37 @@ class Text:
     scored: tuple[int, ...]
 
 
-def objects(file: Path) -> list[Mapping[str, Any]]:
-    """One object a text: ``{text}``, ``{prompt, completion}`` or ``{messages}``. Raises Refused."""
+def content_of(file: Path, most: int) -> str:
+    """The text in a file of ``most`` bytes. Raises Refused."""
     try:
-        content = read_bytes(file, MOST_BYTES).decode()
+        return read_bytes(file, most).decode()
     except UnicodeDecodeError:
         raise Refused(file, "is not UTF-8") from None
+
+
+def lines(content: str) -> dict[int, str]:
+    """Number -> line of those that aren't empty, as an editor counts: U+2028 in a JSON text ends none."""
+    rows = enumerate(content.split("\n"), 1)
+    return {n: row.rstrip("\r") for n, row in rows if row.strip()}
+
+
+def json_object(row: str) -> dict[str, Any] | None:
+    """The JSON object in a line; None where it is none."""
+    try:
+        value = json.loads(row)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def objects(file: Path) -> list[Mapping[str, Any]]:
+    """One object a text: ``{text}``, ``{prompt, completion}`` or ``{messages}``. Raises Refused."""
+    content = content_of(file, MOST_BYTES)
     if file.suffix != ".jsonl":
         paragraphs = content.replace("\r\n", "\n").split("\n\n")
         found: list[Mapping[str, Any]] = [{"text": p.strip()} for p in paragraphs if p.strip()]
     else:
-        rows = enumerate(content.split("\n"), 1)
-        found = [_checked(file, n, row) for n, row in rows if row.strip()]
+        found = [_checked(file, n, row) for n, row in lines(content).items()]
     if not found:
         raise Refused(file, "holds no text")
     return found
@@ -43,11 +62,8 @@ def objects(file: Path) -> list[Mapping[str, Any]]:
 
 def _checked(file: Path, number: int, row: str) -> Mapping[str, Any]:
     """An object of a known form, no part of which is empty."""
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError):
-        raise Refused(file, f"line {number} is not a JSON object") from None
-    if not isinstance(value, dict):
+    value = json_object(row)
+    if value is None:
         raise Refused(file, f"line {number} is not a JSON object")
     if "messages" in value:
         turns = value["messages"]

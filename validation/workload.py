@@ -7,8 +7,7 @@ count; of experts, the share that a token visits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,15 @@ from loraduct.errors import Refused
 from loraduct.formats import estimate
 from loraduct.formats.base import Base
 from loraduct.formats.coreml import record
+from loraduct.formats.coreml.constexpr import is_constant
 from loraduct.formats.coreml.package import Package
-from loraduct.formats.coreml.program import block_of_function, names_in, type_of
+from loraduct.formats.coreml.program import (
+    blobs_of,
+    block_of_function,
+    names_in,
+    states_of,
+    type_of,
+)
 from loraduct.formats.experts import number_of
 from loraduct.modules import kind_of_module
 from loraduct.text import printable
@@ -68,6 +74,23 @@ class Workload:
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return asdict(self)
+
+
+def from_json(value: Any) -> Workload:
+    """The way back from `Workload.as_json`. Raises ValueError for what it does not make."""
+    try:
+        made = Workload(**value)
+    except TypeError:
+        raise ValueError("has other fields") from None
+    for f in fields(made):
+        found = getattr(made, f.name)
+        if f.name == "name" or (found is None and f.default is None):
+            continue
+        if type(found) is not int or not 0 <= found < 1 << 62:
+            raise ValueError(f"{f.name} is {printable(repr(found), 40)}, expected a count")
+    if not made.weight_bytes or not made.macs:
+        raise ValueError("reads or computes nothing")
+    return replace(made, name=str(made.name))
 
 
 def of_base(base: Base) -> Workload:
@@ -244,9 +267,9 @@ class _Counts:
     def __init__(self, package: Package, function: Any) -> None:
         self.package = package
         operations = list(block_of_function(function).operations)
-        self.held = {o.outputs[0].name: o for o in operations if _is_constant(o)}
+        self.held = {o.outputs[0].name: o for o in operations if is_constant(o)}
         self.shapes = {out.name: type_of(out.type)[1] for o in operations for out in o.outputs}
-        working = [o for o in operations if not _is_constant(o)]
+        working = [o for o in operations if not is_constant(o)]
         self.ops = len(working)
         kinds = [o.type for o in working]
         self.attentions = next((kinds.count(k) for k in _ATTENTION if k in kinds), 0)
@@ -282,11 +305,9 @@ class _Counts:
                 continue
             seen.add(one)
             op = self.held[one]
-            for value in _values(op):
-                if value.WhichOneof("value") == "blobFileValue":
-                    blob = value.blobFileValue
-                    data, end = self.package.blob_file(blob.fileName).span(blob.offset, one)
-                    found[blob.fileName, blob.offset] = end - data
+            for blob in blobs_of(op):
+                data, end = self.package.blob_file(blob.fileName).span(blob.offset, one)
+                found[blob.fileName, blob.offset] = end - data
             left += [n for p in op.inputs for n in names_in(op, p)]
         return found
 
@@ -300,25 +321,10 @@ class _Counts:
         return 0
 
 
-def _is_constant(op: Any) -> bool:
-    return bool(op.type == "const" or op.type.startswith("constexpr_"))
-
-
-def _values(op: Any) -> Iterator[Any]:
-    """The values an operation holds: attributes, and those bound to its inputs."""
-    yield from op.attributes.values()
-    for argument in op.inputs.values():
-        for binding in argument.arguments:
-            if binding.WhichOneof("binding") == "value":
-                yield binding.value
-
-
 def _buffer(function: Any) -> tuple[int, int | None]:
     """Bytes of a function's states, and the tokens they hold (None: no states of that layout)."""
     total, tokens = 0, None
-    for named in function.inputs:
-        if named.type.WhichOneof("type") != "stateType":
-            continue
+    for named in states_of(function):
         dtype, shape = type_of(named.type)
         sizes = [n or 1 for n in shape]
         total += math.prod(sizes) * (4 if dtype == "FLOAT32" else HALF)

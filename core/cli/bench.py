@@ -149,14 +149,15 @@ def _measure(target: Path, given: dict[str, Any], document: dict[str, Any]) -> l
     def one(path: Path) -> latency.Target:
         return target_of(path, given["base"], given["runtime"], given["dtype"], given["units"])
 
-    targets = [one(target)]
-    if given["against"]:
-        targets.append(one(given["against"]))
-        kinds = [t.runtime for t in targets]
-        if kinds == ["torch", "mlx"] and given["runtime"] is None and targets[0].adapter is None:
-            targets[0] = target_of(target, None, "mlx", given["dtype"])
-        elif kinds == ["mlx", "torch"] and given["runtime"] is None and targets[1].adapter is None:
-            targets[1] = target_of(given["against"], None, "mlx", given["dtype"])
+    targets = [one(path) for path in _paths(target, given)]
+    if given["runtime"] is None and {t.runtime for t in targets} == {"torch", "mlx"}:
+        # a base runs in either: in that of the adapter that it is compared with
+        targets = [
+            target_of(t.base, None, "mlx", given["dtype"])
+            if t.runtime == "torch" and t.adapter is None
+            else t
+            for t in targets
+        ]
     said = _progress(given["as_json"])
     done, ratios = latency.measure(
         targets, given["contexts"], given["generate"], given["rounds"], said
@@ -167,6 +168,11 @@ def _measure(target: Path, given: dict[str, Any], document: dict[str, Any]) -> l
     if not given["as_json"]:
         _print_measured(document["machine"], done, ratios)
     return rows
+
+
+def _paths(target: Path, given: dict[str, Any]) -> list[Path]:
+    """The target, and what it is held against."""
+    return [target, given["against"]] if given["against"] else [target]
 
 
 def _progress(silent: bool) -> Any:
@@ -222,11 +228,11 @@ def _forecast(
     target: Path, given: dict[str, Any], document: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from loraduct.validation import devices, forecast
+    from loraduct.validation.latency import check_context
 
     known = devices.built_in() | (devices.own(given["devices"]) if given["devices"] else {})
     chosen = [d for name in given["device_names"] for d in devices.find(name, known)]
-    paths = [target] + ([given["against"]] if given["against"] else [])
-    loads = [_load(p, given["base"], given["fused"]) for p in paths]
+    loads = [_load(p, given["base"], given["fused"]) for p in _paths(target, given)]
     own: dict[tuple[str, str], Engine] = {}
     if given["calibrate"]:
         name, points = forecast.measured(given["calibrate"], loads[0][0], known)
@@ -238,8 +244,8 @@ def _forecast(
         own[points[0].device.name, name] = engine
     rows = []
     for load, packaged in loads:
+        check_context(load.name, load.context, given["contexts"], given["generate"])
         for context in given["contexts"]:
-            _fits(load, context + given["generate"])
             for device in dict.fromkeys(d.name for d in chosen):
                 for engine in forecast.engines_for(packaged):
                     used = own.get((device, engine.name), engine)
@@ -252,37 +258,16 @@ def _forecast(
     return document["forecast"]  # type: ignore[no-any-return]
 
 
-def _fits(load: Workload, tokens: int) -> None:
-    from loraduct.errors import Refused
-
-    if load.context is not None and tokens > load.context:
-        raise Refused(
-            None,
-            f"{tokens} tokens, of the prompt and after it; {load.name} was made for {load.context}",
-        )
-
-
 def _load(path: Path, base: Path | None, fused: bool) -> tuple[Workload, bool]:
     """What a target costs, and whether it is a package."""
-    from loraduct.errors import Refused
     from loraduct.formats import base as base_folder
-    from loraduct.formats import detect, read
-    from loraduct.formats.coreml.package import is_package
-    from loraduct.formats.options import ReadOptions
-    from loraduct.validation import workload
+    from loraduct.validation import latency_targets, workload
 
-    package, _, name = str(path).rpartition(":")
-    if is_package(path):
-        return workload.of_package(*workload.read_package(path, None)), True
-    if package and not path.exists() and is_package(Path(package)):
-        return workload.of_package(*workload.read_package(Path(package), name)), True
-    if path.name == "config.json" or ((path / "config.json").exists() and detect(path) is None):
+    if package := latency_targets.package_at(path):
+        return workload.of_package(*workload.read_package(*package)), True
+    if path.name == "config.json" or latency_targets.is_base(path):
         return workload.of_base(base_folder.read(path)), False
-    if base is None:
-        read(path)
-        raise Refused(path, "is an adapter: --base says which base it runs on")
-    model = base_folder.read(base)
-    adapter = read(path, ReadOptions(base=model, restore=False))
+    adapter, model = latency_targets.adapter_at(path, base)
     return workload.with_adapter(workload.of_base(model), adapter, fused=fused), False
 
 

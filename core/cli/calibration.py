@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +10,17 @@ if TYPE_CHECKING:
     from loraduct.converters.compress_wanted import Calibration
     from loraduct.validation.calibrate import Runner, Text
 
-_MOST = 4 << 20  # bytes of a text
-
 
 def pieces(file: Path) -> tuple[list[str], list[list[int]]]:
     """(texts, rows of token ids) of a file: a text as a whole, or JSONL with one of ``ids``, ``text``,
     or ``prompt`` (and ``completion``) in each line. Raises Refused."""
     from loraduct.errors import Refused
-    from loraduct.files import read_bytes
+    from loraduct.validation.texts import PAGE_BYTES, content_of, json_object, lines
 
-    try:
-        text = read_bytes(file, _MOST).decode()
-    except UnicodeDecodeError:
-        raise Refused(file, "is not UTF-8") from None
-    if not text.strip():
+    text = content_of(file, PAGE_BYTES)
+    values = {n: json_object(row) for n, row in lines(text).items()}
+    if not values:
         raise Refused(file, "holds no text; a page of what the model is used for is best")
-    rows = {n: row for n, row in enumerate(text.splitlines(), 1) if row.strip()}
-    values = {n: _object(row) for n, row in rows.items()}
     if file.suffix != ".jsonl" and None in values.values():
         return [text], []
     texts: list[str] = []
@@ -45,14 +38,6 @@ def pieces(file: Path) -> tuple[list[str], list[list[int]]]:
             what = "is no object with a text, a prompt, or ids (token numbers)"
             raise Refused(file, f"line {number} {what}")
     return texts, ids
-
-
-def _object(row: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 class OfPackage:

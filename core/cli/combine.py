@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
+    from loraduct.converters.merge import Merged
     from loraduct.formats.base import Base
     from loraduct.formats.options import ReadOptions
 
@@ -35,3 +36,20 @@ def read_all(
         if model is not None:
             folder.check_target(output, model.path, force)
     return [read(s, options) for s in sources], model
+
+
+def format_of(adapter: Adapter, to: str | None) -> str:
+    """What is written: as asked for, else as the adapter is, else PEFT's."""
+    return to or (adapter.format if adapter.format in ("peft", "mlx") else "peft")
+
+
+def residual_of(merged: Merged) -> str:
+    """A line on what is lost, for people."""
+    from loraduct.text import printable
+
+    worst = max(merged.modules, key=lambda m: m.residual)
+    mean = sum(m.residual for m in merged.modules) / len(merged.modules)
+    return (
+        f"  residual  {mean:.2e} of the norm on average, at most {worst.residual:.2e} in"
+        f" {printable(worst.module)}"
+    )

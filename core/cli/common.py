@@ -67,6 +67,12 @@ def writing_options(command: F) -> F:
     return command
 
 
+def need_output(output: Path | None, dry_run: bool) -> None:
+    """Raises UsageError where nothing says what to write."""
+    if output is None and not dry_run:
+        raise click.UsageError("give -o OUT, or --dry-run")
+
+
 def weighted(spec: str) -> tuple[str, float]:
     """ADAPTER[:WEIGHT] -> (adapter, weight). Raises UsageError for a weight that is not finite.
 

@@ -121,6 +121,10 @@ def command(
         raise click.UsageError("--base is for the tokenizer of --calibrate FILE, or for adapters")
     if (plain or expanded) and how.__name__ == KINDS["package"]:
         raise click.UsageError("--plain and --expanded are for a base model's folder")
+    if plain and expanded:
+        raise click.UsageError("--plain is about packed weights: leave it or --expanded out")
+    if html is not None and how.__name__ != KINDS["package"]:
+        raise click.UsageError(f"--html draws the curve of a package; {target} is none")
     _check_page(html, output, force)
     text = None if calibrate is None else _calibration(
         target, calibrate, base, how, adapter_bits is not None, bool(bits_per_weight or size)
@@ -179,8 +183,6 @@ def _calibration(
     if kind not in CALIBRATED:
         fit = " and ".join(f"{k}s" for k in CALIBRATED)
         raise click.UsageError(f"--calibrate is for {fit}; {target} is of the kind: {kind}")
-    if kind == "base":
-        return calibration.OfBase(target, file)
     return calibration.OfPackage(target, file, base, adapters, budget)
 
 

@@ -3,57 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from loraduct.modules import block_of
+from loraduct.modules import places
+from loraduct.pages import page, text
 
 if TYPE_CHECKING:
     from loraduct.converters.diff import Diff, Module
 
+OUTSIDE = -1  # the column of what is in no layer
+STYLE = (
+    "th, td { padding: 1px 6px; } th { font-weight: normal; text-align: right; }"
+    " td { min-width: 26px; height: 20px; }"
+)
+
 
 def heat_map(found: Diff, names: Sequence[str]) -> str:
     """A page of HTML that needs nothing else: interference and cosine, modules by layers."""
-    places = {m.module: block_of(m.module) for m in found.modules}
-    kinds = list(dict.fromkeys(b[2] if b else m for m, b in places.items()))
-    layers = sorted({b[1] for b in places.values() if b})
-    cells = {
-        ((b[2], b[1]) if (b := places[m.module]) else (m.module, -1)): m for m in found.modules
-    }
-    columns = layers + ([-1] if any(b is None for b in places.values()) else [])
+    at = places(m.module for m in found.modules)
+    cells = {at.get(m.module, (OUTSIDE, m.module)): m for m in found.modules}
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    columns = sorted({layer for layer, _ in cells}, key=lambda n: (n == OUTSIDE, n))
+    head = "".join(f"<th>{'outside' if c == OUTSIDE else c}</th>" for c in columns)
     tables = []
     for title, value, colour in (
         ("Interference", lambda m: m.interference, _heat),
         ("Cosine of the updates", lambda m: m.cosine, _signed),
         ("Share of entries of opposite sign", lambda m: m.sign_conflict, _heat),
     ):
-        head = "".join(f"<th>{c if c >= 0 else 'outside'}</th>" for c in columns)
         rows = []
         for kind in kinds:
-            tds = [_cell(cells.get((kind, c)), value, colour) for c in columns]
-            rows.append(f"<tr><th>{escape(kind)}</th>{''.join(tds)}</tr>")
-        tables.append(f"<h2>{title}</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>")
-    title = " and ".join(escape(n) for n in names)
+            tds = [_cell(cells.get((c, kind)), value, colour) for c in columns]
+            rows.append(f"<tr><th>{text(kind)}</th>{''.join(tds)}</tr>")
+        drawn = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        tables.append(f'<h2>{title}</h2><div class="scroll" tabindex="0">{drawn}</div>\n')
+    title = " and ".join(text(n) for n in names)
     facts = (
         f"{len(found.modules)} common modules; overall interference {found.interference:.3f},"
         f" cosine {found.cosine:.3f}; only in the first {len(found.only_first)}, only in the second"
         f" {len(found.only_second)}"
     )
-    style = (
-        "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}"
-        "th{font-weight:normal;text-align:right;padding:1px 6px}td{min-width:26px;height:20px}"
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style><h1>{title}</h1><p>{facts}</p>{''.join(tables)}</html>\n"
-    )
+    return page(title, STYLE, f"<h1>{title}</h1><p>{facts}</p>{''.join(tables)}")
 
 
 def _cell(module: Module | None, value: Any, colour: Any) -> str:
     if module is None:
         return "<td></td>"
     x = value(module)
-    return f'<td style="background:{colour(x)}" title="{escape(module.module)}: {x:.3g}"></td>'
+    return f'<td style="background:{colour(x)}" title="{text(module.module)}: {x:.3g}"></td>'
 
 
 def _heat(x: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, json_option, print_json, writing_options
+from loraduct.cli.common import PATH, json_option, need_output, print_json, writing_options
 
 if TYPE_CHECKING:
     from loraduct.converters.extract import Found
@@ -56,8 +56,7 @@ def command(
 
     Without --rank and --energy each module gets the directions that stand out of rounding's noise.
     """
-    if output is None and not dry_run:
-        raise click.UsageError("give -o OUT, or --dry-run")
+    need_output(output, dry_run)
     if rank is not None and energy is not None:
         raise click.UsageError("--rank and --energy both say how near: give one")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of small products threads only wait

@@ -15,6 +15,7 @@ from loraduct.cli.common import (
     PATH,
     base_option,
     json_option,
+    need_output,
     print_json,
     reading_options,
     weighted,
@@ -114,8 +115,7 @@ def command(
     """
     if base is None:
         raise click.UsageError("give --base BASE: the model that is fused into")
-    if output is None and not dry_run:
-        raise click.UsageError("give -o OUT, or --dry-run")
+    need_output(output, dry_run)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # products are small: threads only wait
     from loraduct.converters import fuse_folder
     from loraduct.errors import Refused
@@ -188,21 +188,16 @@ def _run(
     output: Path | None,
 ) -> tuple[Plan | PackagePlan, list[Measured]]:
     """Plan, measure where that is wanted, and write; returns what was written and all that was tried."""
+    from loraduct.cli import fuse_report
     from loraduct.files import staged_folder
 
     made = engine.plan(model, given, options)
-    if not wanted:
-        if output is None:
-            engine.read_through(made)
-        else:
-            with staged_folder(output) as stage:
-                engine.write(made, stage)
+    if not wanted and output is None:
+        engine.read_through(made)
         return made, []
-    from loraduct.cli import fuse_report
-
-    judge = fuse_report.Judge(model, given, texts, needed=least is not None)
+    judge = fuse_report.Judge(model, given, texts, needed=least is not None) if wanted else None
     found: list[Measured] = []
-    if remedy == "auto":
+    if judge is not None and remedy == "auto":
         plans = {"none": made}
         for name in engine.COMPARED:
             plans[name] = engine.plan(model, given, replace(options, remedy=name))
@@ -211,22 +206,17 @@ def _run(
                 engine.write(one, Path(folder))
                 found.append(judge.measure(name, one, Path(folder)))
         best = fuse_report.chosen(found, least)
-        made = plans[best.remedy]
         fuse_report.gate(best, least)
         if output is not None:
             with staged_folder(output) as stage:
-                engine.write(made, stage)
-        return made, [best, *(m for m in found if m is not best)]
-    if output is None:
-        with tempfile.TemporaryDirectory() as folder:
-            engine.write(made, Path(folder))
-            found.append(judge.measure(options.remedy, made, Path(folder)))
-            fuse_report.gate(found[0], least)
-        return made, found
-    with staged_folder(output) as stage:
+                engine.write(plans[best.remedy], stage)
+        return plans[best.remedy], [best, *(m for m in found if m is not best)]
+    with staged_folder(output) if output else tempfile.TemporaryDirectory() as held:
+        stage = Path(held)
         engine.write(made, stage)
-        found.append(judge.measure(options.remedy, made, stage))
-        fuse_report.gate(found[0], least)
+        if judge is not None:
+            found.append(judge.measure(options.remedy, made, stage))
+            fuse_report.gate(found[0], least)
     return made, found
 
 

@@ -14,6 +14,7 @@ from loraduct.cli.common import (
     PATH,
     base_option,
     json_option,
+    need_output,
     print_json,
     reading_options,
     writing_options,
@@ -107,8 +108,7 @@ def command(
     dare-ties and magnitude act on the entries of dW and need --rank or --energy. peft-* give what
     PEFT's add_weighted_adapter gives, which mixes the factors of different adapters.
     """
-    if output is None and not dry_run:
-        raise click.UsageError("give -o OUT, or --dry-run")
+    need_output(output, dry_run)
     if uniform and to == "mlx":
         raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
     from loraduct.converters import merge as merging
@@ -130,13 +130,13 @@ def command(
         raise click.UsageError("give adapters to merge, or --recipe FILE")
     settings, drawn = _settings(told)
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
-    from loraduct.cli.combine import read_all
+    from loraduct.cli.combine import format_of, read_all
 
     adapters, model = read_all(sources, options, base, output, force)
     merged = merging.merge(adapters, each, settings, model)
     from loraduct.converters.convert import Options, convert
 
-    target = to or (adapters[0].format if adapters[0].format in ("peft", "mlx") else "peft")
+    target = format_of(adapters[0], to)
     plan = convert(
         merged.adapter,
         Options(to=target, base=model, dtype=dtype or "keep", uniform=uniform),
@@ -235,6 +235,7 @@ def _within(told: dict[str, Any]) -> None:
 
 
 def _print(merged: Merged, settings: Settings, to: str, where: str) -> None:
+    from loraduct.cli.combine import residual_of
     from loraduct.text import printable
 
     names = ", ".join(printable(n) for n in merged.labels)
@@ -246,13 +247,8 @@ def _print(merged: Merged, settings: Settings, to: str, where: str) -> None:
     click.echo(
         f"  ranks     {shown} (together {max(m.rank_before for m in merged.modules)} at most)"
     )
-    worst = merged.worst
-    if worst is not None and worst.residual:
-        mean = sum(m.residual for m in merged.modules) / len(merged.modules)
-        click.echo(
-            f"  residual  {mean:.2e} of the norm on average, at most {worst.residual:.2e} in"
-            f" {printable(worst.module)}"
-        )
+    if any(m.residual for m in merged.modules):
+        click.echo(residual_of(merged))
 
 
 def _document(

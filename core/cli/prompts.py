@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 
 def prompts_of(file: Path) -> list[str]:
     """Prompts, one a line; in a .jsonl, and where every line is an object, its prompt field."""
     from loraduct.errors import Refused
-    from loraduct.files import read_bytes
+    from loraduct.validation import texts
 
-    try:
-        rows = read_bytes(file, 4 << 20).decode().split("\n")
-    except UnicodeDecodeError:
-        raise Refused(file, "is not UTF-8") from None
-    lines = {n: row.rstrip("\r") for n, row in enumerate(rows, 1) if row.strip()}
+    lines = texts.lines(texts.content_of(file, texts.PAGE_BYTES))
     if not lines:
         raise Refused(file, "holds no prompts")
-    values = {n: _object(row) for n, row in lines.items()}
+    values = {n: texts.json_object(row) for n, row in lines.items()}
     if file.suffix != ".jsonl" and None in values.values():
         return list(lines.values())
     found = []
@@ -32,11 +26,3 @@ def prompts_of(file: Path) -> list[str]:
             raise Refused(file, f"line {number} is not an object with a prompt that is a text")
         found.append(prompt)
     return found
-
-
-def _object(row: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

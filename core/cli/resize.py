@@ -11,6 +11,7 @@ from loraduct.cli.common import (
     PATH,
     base_option,
     json_option,
+    need_output,
     print_json,
     reading_options,
     writing_options,
@@ -63,11 +64,10 @@ def command(
     allow_pickle: bool,
 ) -> None:
     """Cut the ranks of the adapter A: of every module the best approximation there is."""
-    if output is None and not dry_run:
-        raise click.UsageError("give -o OUT, or --dry-run")
+    need_output(output, dry_run)
     if sum(v is not None for v in (rank, energy, error)) != 1:
         raise click.UsageError("give one of --rank, --energy and --error")
-    from loraduct.cli.combine import read_all
+    from loraduct.cli.combine import format_of, read_all, residual_of
     from loraduct.converters.convert import Options, convert
     from loraduct.converters.resize import Wanted, resize
     from loraduct.formats import folder
@@ -76,7 +76,7 @@ def command(
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     (adapter,), model = read_all([source], options, base, output, force)
     resized = resize(adapter, Wanted(rank, energy, error, per_module), model)
-    target = to or (adapter.format if adapter.format in ("peft", "mlx") else "peft")
+    target = format_of(adapter, to)
     if target == "mlx" and uniform:
         raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
     plan = convert(resized.adapter, Options(to=target, base=model, dtype=dtype, uniform=uniform))
@@ -101,13 +101,8 @@ def command(
     before, after = ([getattr(m, f) for m in resized.modules] for f in ("rank_before", "rank"))
     shown = f"ranks {_span(before)} -> {_span(after)}"
     click.echo(f"{printable(str(source))} -> {printable(where)}: {target}, {shown}")
-    worst = resized.worst
-    if worst is not None:
-        mean = sum(m.residual for m in resized.modules) / len(resized.modules)
-        click.echo(
-            f"  residual  {mean:.2e} of the norm on average, at most {worst.residual:.2e} in"
-            f" {printable(worst.module)}"
-        )
+    if resized.modules:
+        click.echo(residual_of(resized))
     click.echo("\n".join(plan.account.lines()))
 
 

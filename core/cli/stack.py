@@ -11,6 +11,7 @@ from loraduct.cli.common import (
     PATH,
     base_option,
     json_option,
+    need_output,
     print_json,
     reading_options,
     writing_options,
@@ -38,11 +39,10 @@ def command(
     allow_pickle: bool,
 ) -> None:
     """Put adapters into one that does what all of them do together; unstack gives them back."""
-    if output is None and not dry_run:
-        raise click.UsageError("give -o OUT, or --dry-run")
+    need_output(output, dry_run)
     if len(sources) < 2:
         raise click.UsageError("give two adapters or more to stack")
-    from loraduct.cli.combine import read_all
+    from loraduct.cli.combine import format_of, read_all
     from loraduct.converters.convert import Options, convert
     from loraduct.converters.stack import stack
     from loraduct.formats import folder
@@ -51,7 +51,7 @@ def command(
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     adapters, model = read_all(sources, options, base, output, force)
     stacked = stack(adapters, model)
-    target = to or (adapters[0].format if adapters[0].format in ("peft", "mlx") else "peft")
+    target = format_of(adapters[0], to)
     plan = convert(stacked.adapter, Options(to=target, base=model))
     folder.write(plan, None if dry_run else output)
     if as_json:

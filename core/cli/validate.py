@@ -13,6 +13,8 @@ import click
 
 from loraduct.cli.common import PATH, json_option, print_json, reading_options, strict
 from loraduct.cli.prompts import prompts_of
+from loraduct.validation.suites import SUITES
+from loraduct.validation.thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
@@ -21,17 +23,6 @@ if TYPE_CHECKING:
     from loraduct.validation.suites import Suite
 
 F = TypeVar("F", bound=Callable[..., Any])
-SUITES = ("structure", "base", "parity", "quality", "size", "latency", "swap")
-GATES = {  # of thresholds.py; here as text, so that --help imports nothing
-    "--min-gain-kept": ("SHARE", "Least share of A's gain that B keeps; 0.95."),
-    "--min-greedy-agreement": ("SHARE", "Least share of tokens where B's likeliest is A's; 0.9."),
-    "--max-size": ("SIZE", "Largest size on disk: 60MB."),
-    "--max-memory": ("SIZE", "Largest peak of memory."),
-    "--max-ms-per-prompt-token": ("MS", "Most milliseconds per prompt token."),
-    "--min-tokens-per-second": ("N", "Fewest tokens generated per second."),
-    "--regress-from": ("FILE", "An earlier --json document not to fall behind."),
-    "--tolerance": ("SHARE", "How far behind it a number may be; 5%."),
-}
 OUTPUTS = {
     "--junit": "Write JUnit XML.",
     "--markdown": "Write Markdown for a pull request.",
@@ -43,8 +34,9 @@ def _many(command: F) -> F:
     """The gates and the files to write."""
     for name, text in reversed(OUTPUTS.items()):
         command = click.option(name, type=PATH, metavar="FILE", help=text)(command)
-    for name, (metavar, text) in reversed(GATES.items()):
-        command = click.option(name, metavar=metavar, help=text)(command)
+    for name, t in reversed(THRESHOLDS.items()):
+        flag = f"--{name.replace('_', '-')}"
+        command = click.option(flag, metavar=t.metavar, help=t.help)(command)
     return command
 
 
@@ -55,7 +47,7 @@ def _many(command: F) -> F:
 @click.option(
     "--suite",
     "wanted",
-    type=click.Choice(SUITES),
+    type=click.Choice(list(SUITES)),
     multiple=True,
     help="Only this suite (several times); else all that can run.",
 )
@@ -152,12 +144,11 @@ def command(
     fixed = _fix(model) if fix_base_config else {}
     model = base_folder.read(base)
     progress = _progress if sys.stderr.isatty() else _silent
-    measured = not wanted or "quality" in wanted
     runs = Runs(
         model,
         said,
         file=prompts,
-        text=text if measured else None,
+        text=text,
         rows=rows,
         most=text_tokens,
         adapters=adapters,
@@ -167,10 +158,7 @@ def command(
         tuple(adapters),
         model,
         runs,
-        prompts=tuple(said),
-        text=text,
         beside=beside,
-        thresholds=limits,
         given=frozenset(gates),
         names=names,
         wanted=frozenset(wanted),

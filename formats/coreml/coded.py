@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraduct.formats.coded import WIDTHS, Code
-from loraduct.formats.coreml.constexpr import PREFIX
+from loraduct.formats.coreml.constexpr import PREFIX, compressed
 from loraduct.formats.coreml.package import WEIGHTS_NAME, Package
 from loraduct.formats.coreml.program import (
     blob_value,
     immediate_value,
-    string_value,
     tensor_type,
     type_of,
     value_of,
 )
-from loraduct.formats.coreml.schema import new
 from loraduct.packing import unpacked
 
 INLINE = 10  # fewer values than that are in the program itself, as coremltools has it
@@ -30,14 +28,19 @@ def code_in(package: Package, op: Any, by_name: Mapping[str, Any]) -> Code | Non
     return found if found is not None and found.numbers.dtype == "float16" else None
 
 
-def _given(package: Package, op: Any, key: str) -> Any:
-    """An argument's value, wherever it stands; None where it is not a value."""
-    name = op.outputs[0].name
+def argument_in(op: Any, key: str) -> Any:
+    """An argument's Value, wherever it stands (iOS16: an attribute); None where it is no value."""
     if key in op.attributes:
-        return value_of(package, op.attributes[key], name)
+        return op.attributes[key]
     bound = op.inputs[key].arguments if key in op.inputs else ()
     values = [b.value for b in bound if b.WhichOneof("binding") == "value"]
-    return value_of(package, values[0], name) if len(values) == 1 else None
+    return values[0] if len(values) == 1 else None
+
+
+def _given(package: Package, op: Any, key: str) -> Any:
+    """An argument as an array; None where it is not a value."""
+    value = argument_in(op, key)
+    return None if value is None else value_of(package, value, op.outputs[0].name)
 
 
 def _table(package: Package, op: Any, by_name: Mapping[str, Any]) -> Code | None:
@@ -118,14 +121,10 @@ def operation_of(code: Code, offsets: Mapping[str, int]) -> Any:
     """The operation; its result has no name yet. ``offsets``: of its arguments in the weight file,
     of those that are there."""
     kind = {"lut": "lut_to_dense", "int": "blockwise_shift_scale"}[code.kind]
-    made = new("Operation", type=f"{PREFIX}{kind}")
-    made.outputs.add(name="", type=tensor_type("FLOAT16", code.codes.shape))
-    made.attributes["name"].CopyFrom(string_value(""))
-    for key, (dtype, values) in arguments(code).items():
-        value = (
-            blob_value(dtype, values.shape, offsets[key], WEIGHTS_NAME)
-            if key in offsets
-            else immediate_value(dtype, values)
-        )
-        made.inputs[key].arguments.add().value.CopyFrom(value)
-    return made
+    given = {
+        key: blob_value(dtype, values.shape, offsets[key], WEIGHTS_NAME)
+        if key in offsets
+        else immediate_value(dtype, values)
+        for key, (dtype, values) in arguments(code).items()
+    }
+    return compressed(kind, "", tensor_type("FLOAT16", code.codes.shape), given)

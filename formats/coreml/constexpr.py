@@ -13,7 +13,8 @@ from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.formats.coreml.package import Package
-from loraduct.formats.coreml.program import type_of, value_of
+from loraduct.formats.coreml.program import string_value, type_of, value_of
+from loraduct.formats.coreml.schema import new
 from loraduct.packing import unpacked
 
 PREFIX = "constexpr_"
@@ -23,6 +24,30 @@ _MOST = 1 << 34  # bytes of one constant that we are willing to make
 def is_compressed(op: Any) -> bool:
     """Whether an operation is a compressed constant (or part of one)."""
     return bool(op.type.startswith(PREFIX))
+
+
+def is_constant(op: Any) -> bool:
+    """Whether an operation holds a constant, compressed or not: no work when the function runs."""
+    return op.type == "const" or is_compressed(op)
+
+
+def compressed(
+    kind: str,
+    name: str,
+    out: Any,
+    inputs: Mapping[str, Any],
+    attributes: Mapping[str, Any] | None = None,
+) -> Any:
+    """The operation ``constexpr_`` + ``kind`` with one result, of type ``out``. ``inputs``,
+    ``attributes``: argument -> Value."""
+    made = new("Operation", type=f"{PREFIX}{kind}")
+    made.outputs.add(name=name, type=out)
+    made.attributes["name"].CopyFrom(string_value(name))
+    for key, value in (attributes or {}).items():
+        made.attributes[key].CopyFrom(value)
+    for key, value in inputs.items():
+        made.inputs[key].arguments.add().value.CopyFrom(value)
+    return made
 
 
 def parts_of(op: Any, by_name: Mapping[str, Any]) -> Iterator[Any]:

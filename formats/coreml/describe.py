@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loraduct.formats.coreml import record
+from loraduct.formats.coreml.constexpr import PREFIX, is_compressed
 from loraduct.formats.coreml.edit import offsets_of
 from loraduct.formats.coreml.package import Package
 from loraduct.formats.coreml.program import block_of_function, names_in, type_of
@@ -58,7 +59,7 @@ def describe(package: Package) -> dict[str, Any]:
         "default_function": model.description.defaultFunctionName or functions[0]["name"],
         "base": _base(found),
         "functions": functions,
-        "adapters": _adapters(found, package, offsets, data),
+        "adapters": _adapters(found, package, data),
         "operations": dict(sorted(kinds.items(), key=lambda kv: (-kv[1], kv[0]))),
         "compression": _compression(package, counts),
         "bytes": {
@@ -90,11 +91,11 @@ def _compression(package: Package, counts: Mapping[str, Counter[str]]) -> dict[s
     """Kind of compressed constant -> dtype of its codes -> how many."""
     found: dict[str, Counter[str]] = {}
     for name, function in package.functions.items():
-        if not any(kind.startswith("constexpr_") for kind in counts[name]):
+        if not any(kind.startswith(PREFIX) for kind in counts[name]):
             continue
         ops = {o.name: op for op in block_of_function(function).operations for o in op.outputs}
         for op in ops.values():
-            if op.type.startswith("constexpr_"):
+            if is_compressed(op):
                 found.setdefault(op.type, Counter())[_dtype(op, ops)] += 1
     return {k: dict(sorted(c.items())) for k, c in sorted(found.items())}
 
@@ -163,10 +164,7 @@ def _feature(feature: Any) -> dict[str, Any]:
 
 
 def _adapters(
-    found: Mapping[str, Any],
-    package: Package,
-    offsets: Mapping[str, set[int]],
-    data: Mapping[int, int],
+    found: Mapping[str, Any], package: Package, data: Mapping[int, int]
 ) -> list[dict[str, Any]]:
     """The adapters that loraduct put in; ``bytes`` of their tensors, and which no other one has."""
     from loraduct.formats.coreml.stored import parts_of
@@ -178,7 +176,7 @@ def _adapters(
         modules, replaced = parts_of(package, dict(found), name)
         blobs = [b for p in modules.values() for b in vars(p).values() if b is not None]
         held[name] = set().union(*(b.offsets for b in (*blobs, *replaced.values())))
-    users = Counter(o for offsets_ in held.values() for o in offsets_)
+    users = Counter(o for offsets in held.values() for o in offsets)
     done = []
     for name, row in found["adapters"].items():
         ranks = Counter(r["rank"] for r in row["modules"].values())
@@ -220,7 +218,7 @@ def lines(d: Mapping[str, Any]) -> list[str]:
     )
     if d["compression"]:
         kinds = [
-            f"{n} {kind.removeprefix('constexpr_')} {dtype}"
+            f"{n} {kind.removeprefix(PREFIX)} {dtype}"
             for kind, dtypes in d["compression"].items()
             for dtype, n in dtypes.items()
         ]

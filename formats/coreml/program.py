@@ -1,8 +1,9 @@
 """The parts of an ML program: types, values, operations; read and made.
 
 A ``Value`` holds its numbers itself (``immediateValue``) or points into the weight file
-(``blobFileValue``). Immediate 8- and 16-bit values are raw bytes, others have fields of their own
-(coremltools 9.0 ``backend/mil/helper.py``, ``create_immediate_value``).
+(``blobFileValue``). Immediate values of up to 16 bits are raw bytes, narrow ones packed as in the weight
+file; others have fields of their own (coremltools 9.0 ``backend/mil/helper.py``,
+``create_immediate_value``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loraduct.errors import Refused
 from loraduct.formats.coreml.blob import CODES
 from loraduct.formats.coreml.schema import ARRAY_TYPES, DATA_TYPE_NAMES, DATA_TYPES, new
-from loraduct.packing import unpacked
+from loraduct.packing import packed, unpacked
 
 if TYPE_CHECKING:
     from loraduct.formats.coreml.package import Package
@@ -74,21 +75,18 @@ def value_of(package: Package, value: Any, name: str) -> Any:
     values: Any = getattr(immediate.tensor, held).values if held else ()
     if dtype == "STRING":
         return str(values[0]) if len(values) == 1 else list(values)
-    if held == "bytes":
-        bits = CODES[dtype][1]
-        array = (
-            unpacked(values, bits, math.prod(sizes), signed=dtype.startswith("INT"))
-            if bits < 8
-            else np.frombuffer(values, NUMPY[dtype])
-        )
-    else:
+    count, there = math.prod(sizes), len(values)
+    bits = CODES[dtype][1] if dtype in CODES else 8 * np.dtype(NUMPY[dtype]).itemsize
+    if there != (-(-count * bits // 8) if held == "bytes" else count):
+        what = f"holds {there} {'bytes' if held == 'bytes' else 'values'}"
+        what = f"{what}, its type says {dtype} {list(sizes)}"
+        raise Refused(package.spec_path, what, tensor=name)
+    if held != "bytes":
         array = np.array(values, NUMPY[dtype])
-    if array.size != math.prod(sizes):
-        raise Refused(
-            package.spec_path,
-            f"holds {array.size} values, its type says {list(sizes)}",
-            tensor=name,
-        )
+    elif bits < 8:
+        array = unpacked(values, bits, count, signed=dtype.startswith("INT"))
+    else:
+        array = np.frombuffer(values, NUMPY[dtype])
     return array.reshape(sizes)
 
 
@@ -104,15 +102,25 @@ def names_in(operation: Any, parameter: str) -> list[str]:
 def blob_values(message: Any) -> Iterator[Any]:
     """Every blobFileValue in the operations of a block, blocks within included."""
     for op in message.operations:
-        for attribute in op.attributes.values():
-            if attribute.WhichOneof("value") == "blobFileValue":
-                yield attribute.blobFileValue
-        for argument in op.inputs.values():
-            for binding in argument.arguments:
-                if binding.value.WhichOneof("value") == "blobFileValue":
-                    yield binding.value.blobFileValue
+        yield from blobs_of(op)
         for block in op.blocks:
             yield from blob_values(block)
+
+
+def blobs_of(operation: Any) -> Iterator[Any]:
+    """The blobFileValues of one operation: attributes, and what is bound to its inputs."""
+    for attribute in operation.attributes.values():
+        if attribute.WhichOneof("value") == "blobFileValue":
+            yield attribute.blobFileValue
+    for argument in operation.inputs.values():
+        for binding in argument.arguments:
+            if binding.value.WhichOneof("value") == "blobFileValue":
+                yield binding.value.blobFileValue
+
+
+def states_of(function: Any) -> list[Any]:
+    """The inputs of a function that it keeps between calls."""
+    return [named for named in function.inputs if named.type.WhichOneof("type") == "stateType"]
 
 
 def block_of_function(function: Any) -> Any:
@@ -162,7 +170,10 @@ def immediate_value(dtype: str, array: Any) -> Any:
         getattr(tensor, _FIELDS[dtype]).values.extend(array.reshape(-1).tolist())
         getattr(tensor, _FIELDS[dtype]).SetInParent()
     else:
-        tensor.bytes.values = np.ascontiguousarray(array.astype(NUMPY[dtype])).tobytes()
+        held, bits = np.ascontiguousarray(array.astype(NUMPY[dtype])), CODES[dtype][1]
+        if bits < 8:
+            held = packed(held.view(np.uint8) & ((1 << bits) - 1), bits)
+        tensor.bytes.values = held.tobytes()
     return made
 
 

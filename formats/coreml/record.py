@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 
 KEY = "loraduct"
 FORMAT = 1
+BASE = "base"  # the function without an adapter; of several, how their names begin
 LAYOUTS = ("linear", "embedding")
 EXTRAS = ("magnitude", "bias")
 _MOST_FOLD = 64
 
 
-def fresh(base: Base, functions: Mapping[str, int | None]) -> dict[str, Any]:
-    """The record of a new package. ``functions``: name -> tokens per call (None: any number)."""
+def fresh(base: Base, functions: Mapping[str, int | None], *, tied: bool) -> dict[str, Any]:
+    """The record of a new package. ``functions``: name -> tokens per call (None: any number).
+    ``tied``: whether the package's head is the embedding."""
     name = base.config.get("_name_or_path")
     return {
         "format": FORMAT,
@@ -52,18 +54,13 @@ def fresh(base: Base, functions: Mapping[str, int | None]) -> dict[str, Any]:
             "model_type": base.model_type,
             "name": name if isinstance(name, str) and name else None,
             "kin": base.kin if base.has_weights else None,
-            "tied": _ties(base),
+            "tied": tied,
             "layers": base.layers,
             "parameters": sorted(base.tensors) if base.has_weights else [],
         },
         "functions": {f: {"adapters": [], "q": q} for f, q in functions.items()},
         "adapters": {},
     }
-
-
-def _ties(base: Base) -> bool | None:
-    """Whether the head is the embedding; where the config doesn't say, whether it has a weight."""
-    return base.stored_head is None if base.tied is None and base.has_weights else base.tied
 
 
 def write(model: Any, record: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ WAYS = {
     "lut4": {"palettize": 4},
     "groups": {"palettize": 3, "group_size": 16},
     "scaled": {"palettize": 4, "per_channel_scale": True},
-    "columns": {"palettize": 3, "group_size": 16, "axis": 1, "per_channel_scale": True},
+    "columns": {"palettize": 4, "group_size": 16, "axis": 1, "per_channel_scale": True},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "blocks": {"quantize": "int4", "group_size": 16},
@@ -150,9 +150,7 @@ def test_several_adapters_weighted(cli, world, tmp_path):
 def _blocks(shape, way):
     """Rows and columns that share a table or scale."""
     high, wide = shape
-    rows = {"groups": 16, "scaled": 1, "columns": 1, "int8": 1, "int4": 1, "blocks": 1, "old int8": 1}.get(
-        way, high
-    )
+    rows = {"lut4": high, "old lut4": high, "groups": 16}.get(way, 1)
     columns = 16 if way in ("blocks", "columns") else wide
     for i in range(0, high, rows):
         for j in range(0, wide, columns):
@@ -289,29 +287,41 @@ def _sparse(op):
 
 
 def _both_axes(op):
-    """Six tables of 16 rows as if they were of 48 rows and a third of the columns."""
-    rows, columns = op.inputs["lut"].arguments[0].value.type.tensorType.dimensions[:2]
-    if rows.constant.size == 6:
-        rows.constant.size, columns.constant.size = 2, 3
+    """Scales of 16 columns of a row as if they were of 8 columns of two rows."""
+    rows, columns = op.inputs["scale"].arguments[0].value.type.tensorType.dimensions
+    rows.constant.size //= 2
+    columns.constant.size *= 2
+
+
+def _columns_alone(op):
+    """Scales of the rows of a square matrix as if they were of its columns."""
+    if "q_proj" in op.outputs[0].name:
+        rows, columns = op.inputs["scale"].arguments[0].value.type.tensorType.dimensions
+        rows.constant.size, columns.constant.size = columns.constant.size, rows.constant.size
 
 
 def _changed(path, change):
-    """A package with other operations for its tables."""
+    """A package with other operations for its compressed constants."""
     made = packages.read(path)
     for function in made.functions.values():
         for op in function.block_specializations[function.opset].operations:
-            if op.type == "constexpr_lut_to_dense":
+            if op.type.startswith("constexpr_"):
                 change(op)
     made.spec_path.write_bytes(made.model.SerializeToString())
 
 
-CHANGED = {"sparse": ("lut4", _sparse), "axes": ("groups", _both_axes)}
+CHANGED = {
+    "sparse": ("lut4", _sparse),
+    "axes": ("blocks", _both_axes),
+    "columns alone": ("int4", _columns_alone),
+}
 BAD = {
     "another base": ("lut4", "narrow", (), "made for another base"),
     "dtype": ("plain", "large", ("--dtype", "f32"), "its dtype is kept"),
     "remedy": ("plain", "large", ("--remedy", "bits"), "is not packed"),
     "replaced": ("lut4", "saved", (), "loraduct decompress"),
     "form": ("sparse", "large", (), "loraduct decompress"),
+    "columns": ("columns alone", "large", ("--remedy", "rescale"), "can't be made again"),
     "axes": ("axes", "large", ("--remedy", "rescale"), "can't be made again"),
     "weight": ("plain", "dora:0.5", (), "a weight other than 1"),
     "overflow": ("plain", "large:1e9", (), "does not fit"),

@@ -215,6 +215,9 @@ REFUSED: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("groups", lambda _: None, ["--quantize", "int4", "--group-size", "7"], "don't divide"),
     ("mlx4", lambda _: None, ["--quantize", "mlx4"], "has int8 and int4"),
     ("regex", lambda _: None, ["--palettize", "4", "--exclude", "("], "'('"),
+    ("uniform", lambda _: None, ["--palettize", "4", "--lut", "uniform"], "--lut is for packages"),
+    ("pairs", lambda _: None, ["--palettize", "4", "--cluster-dim", "2"], "--cluster-dim is for"),
+    ("axis", lambda _: None, ["--palettize", "4", "--group-size", "4", "--axis", "1"], "--axis is for"),
 ]  # fmt: skip
 
 
@@ -231,6 +234,14 @@ def test_one_line_and_nothing_written(
     assert done.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["peft"]
+
+
+def test_a_page_is_of_packages(cli: Cli, peft_folder: Any, tmp_path: Path) -> None:
+    html = tmp_path / "x.html"
+    done = cli("compress", peft_folder(), "--bits-per-weight", "4", "--plan", "--html", html)
+    assert done.exit_code == 2
+    assert "draws the curve of a package" in done.output
+    assert not html.exists()
 
 
 def test_twice_and_over_another(cli: Cli, peft_folder: Any, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loraduct.adapter import LowRank
 from loraduct.converters import balance
+from loraduct.converters.compress_factors import Pair, best
 from loraduct.converters.palette import Options, expand
 from loraduct.converters.palettize import palettize
+from loraduct.tensor import Tensor
 
 
 def factors(rank: int = 6, seed: int = 0) -> tuple[Any, Any]:
@@ -21,6 +24,12 @@ def factors(rank: int = 6, seed: int = 0) -> tuple[Any, Any]:
 
 def compress(x: Any) -> Any:
     return expand(palettize(x.astype(np.float32), Options(3)))
+
+
+def pair(a: Any, b: Any) -> Pair:
+    """A module with these factors, as they lie in a file of PEFT's."""
+    stored = [Tensor(n, "F32", x.shape, data=x.astype(np.float32)) for n, x in (("a", a), ("b", b))]
+    return Pair("m", LowRank(*stored, 1.0), ("a", "b"), (0, 1), turnable=True)
 
 
 @pytest.mark.parametrize("name", balance.FORMS)
@@ -53,7 +62,7 @@ def test_zeros_stay() -> None:
         c, d = form(a, np.zeros_like(b))
         assert not (d @ c).any()
         assert np.isfinite(c).all()
-    assert balance.best(a, np.zeros_like(b), compress)[2] == 0
+    assert best(pair(a, np.zeros_like(b)), 3, "lut", 0).loss == 0
 
 
 def test_best_has_the_least_error() -> None:
@@ -62,8 +71,9 @@ def test_best_has_the_least_error() -> None:
     for name, form in balance.FORMS.items():
         c, d = (compress(x).astype(np.float64) for x in form(a, b))
         errors[name] = np.linalg.norm(d @ c - dw) / np.linalg.norm(dw)
-    name, (c, d), error = balance.best(a, b, compress)
-    assert error == pytest.approx(min(errors.values()), rel=1e-4)
-    assert errors[name] == min(errors.values())
-    assert error < 0.8 * errors["plain"]
-    np.testing.assert_allclose(d @ c, dw, atol=1e-5 * np.abs(dw).max())
+    found = best(pair(a, b), 3, "lut", 0)
+    c, d = (coded.back.astype(np.float64) for coded in found.coded)
+    assert found.loss == pytest.approx(min(errors.values()), rel=1e-4)
+    assert found.loss == pytest.approx(np.linalg.norm(d @ c - dw) / np.linalg.norm(dw), rel=1e-4)
+    assert errors[found.form] == min(errors.values())
+    assert found.loss < 0.8 * errors["plain"]

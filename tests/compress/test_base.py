@@ -217,6 +217,9 @@ REFUSED: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("groups", _as(), [*MLX, "--group-size", "48"], "groups of 32, 64, 128"),
     ("no weights", lambda f: (f / WEIGHTS).unlink(), MLX, "holds no model*.safetensors"),
     ("none left", _as(), [*MLX, "--include", "nothing"], "holds no weight"),
+    ("uniform", _as(), ["--palettize", "4", "--expanded", "--lut", "uniform"], "--lut is for packages"),
+    ("pairs", _as(), [*MLX, "--cluster-dim", "2"], "--cluster-dim is for packages"),
+    ("regex", _as(), [*MLX, "--include", "x", "--exclude", "("], "is no regular expression"),
 ]  # fmt: skip
 
 

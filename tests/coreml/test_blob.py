@@ -181,7 +181,9 @@ def test_a_copy_and_an_append_keep_values(storage, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("dtype", [d for d, kind in KINDS.items() if kind[1] in (np.int8, np.uint8)])
+@pytest.mark.parametrize(
+    "dtype", [d for d, kind in KINDS.items() if kind[1] in (np.int8, np.uint8)]
+)
 @pytest.mark.parametrize("count", [1, 5, 9])
 def test_values_in_the_program_are_coremltools(dtype, count):
     from coremltools.converters.mil.backend.mil.helper import create_tensor_value
@@ -196,5 +198,5 @@ def test_values_in_the_program_are_coremltools(dtype, count):
     package = SimpleNamespace(spec_path=Path("x"))
     np.testing.assert_array_equal(value_of(package, ours, "w"), values)
     ours.immediateValue.tensor.bytes.values += b"\0"
-    with pytest.raises(Refused, match="w: holds .* bytes, its type says"):
+    with pytest.raises(Refused, match=r"w: holds .* bytes, its type says"):
         value_of(package, ours, "w")

@@ -82,7 +82,13 @@ def test_own_devices(tmp_path: Path) -> None:
         ("[device.x]\nbandwidth_gb_s = 0\ngpu_tflops = 1\nane_tops = 1", "bandwidth_gb_s is 0"),
         ("[device.x]\nbandwidth_gb_s = nan\ngpu_tflops = 1\nane_tops = 1", "expected a number"),
         ("[device.x]\nbandwidth_gb_s = true\ngpu_tflops = 1\nane_tops = 1", "expected a number"),
+        (
+            f"[device.x]\nbandwidth_gb_s = {10**400}\ngpu_tflops = 1\nane_tops = 1",
+            "expected a number",
+        ),
         ("[device.x]\nbandwidth = 1", "is not known"),
+        ("x = " + "[" * 100_000, "is not TOML"),
+        (f"x = {'9' * 5000}", "is not TOML"),
     ],
 )
 def test_broken_tables_are_refused(tmp_path: Path, text: str, what: str) -> None:

@@ -387,6 +387,26 @@ def test_the_suite_of_a_package_forecasts_only(tied: Path, package: Path) -> Non
     assert "tokens_per_second" not in done.numbers
 
 
+def test_gates_hold_for_a_package_that_ships(
+    tied: Path, adapter: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac, with made-up times: the numbers are those of the second, a package's function."""
+
+    def measure(targets: list[Target], *_: Any) -> tuple[list[Measured], list[latency.Ratio]]:
+        return [
+            Measured(t.name, t.runtime, 8, 2, 1.0, 0.125, 9.0, 1.0, None, n, 2, {})
+            for n, t in enumerate(targets, 1)
+        ], []
+
+    monkeypatch.setattr(latency_targets.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(latency, "measure", measure)
+    pair = context(tied, adapter, Path(f"{package}:a"), wanted=frozenset({"latency"}))
+    numbers = latency.run(pair).numbers
+    assert [t["runtime"] for t in numbers["targets"]] == ["torch", "coreml"]
+    assert numbers["targets"][1]["name"] == f"{package}:a"
+    assert numbers["peak_memory_bytes"] == 2
+
+
 def test_the_stand_in_has_coremltools_names() -> None:
     """What `placement` reads exists under these names in the installed coremltools."""
     import contextlib

@@ -11,7 +11,7 @@ from typing import Any
 from loraduct.formats import base as base_folder
 from loraduct.formats import read as read_adapter
 from loraduct.formats.options import ReadOptions
-from loraduct.validation import suites, thresholds
+from loraduct.validation import suites
 from loraduct.validation.runs import Runs
 
 
@@ -59,8 +59,7 @@ class Judge:
     def __call__(self, first: Path, second: Path | None = None) -> dict[str, suites.Suite]:
         adapters = [self._read(first)]
         adapters += [self.fresh(second)] if second else []
-        limits = thresholds.settled({}, ())
-        context = suites.Context(tuple(adapters), self.base, self.runs, thresholds=limits)
+        context = suites.Context(tuple(adapters), self.base, self.runs)
         return {s.name: s for s in suites.run(context)}
 
     def _read(self, path: Path) -> Any:

@@ -313,7 +313,10 @@ def test_regressions(world: Any, cli: Cli, tmp_path: Path) -> None:
         ("no", "is not JSON"),
         (json.dumps(old | {"suites": []}), "no number that was measured now"),
         (json.dumps(old | {"suites": [{"name": []}]}), "no number that was measured now"),
-        (json.dumps(old | {"suites": [{"name": "size", "numbers": {"bytes": 10**400}}]}), "no number"),
+        (
+            json.dumps(old | {"suites": [{"name": "size", "numbers": {"bytes": 10**400}}]}),
+            "no number",
+        ),
     ):
         file.write_text(content)
         result = cli(*words, "--regress-from", file)
