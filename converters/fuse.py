@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loraduct.adapter import Adapter
-from loraduct.converters.fuse_places import Placed, placed
+from loraduct.converters.fuse_places import Placed, check_parted, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.formats.base import Base
 from loraduct.formats.model_folder import Stored
@@ -33,6 +33,7 @@ def fused(
     """
     held = dict(tensors)
     if tied and HEAD not in held and moves_one_side(adapters):
+        check_parted(adapters)
         held[HEAD] = held[EMBEDDINGS]
     shapes = {n: t.shape for n, t in held.items()}
     places = placed(adapters, base, shapes, new_biases=True)

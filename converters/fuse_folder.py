@@ -12,7 +12,7 @@ from typing import Any
 from loraduct.adapter import Adapter
 from loraduct.converters import fuse_packed, tied
 from loraduct.converters.fuse_packed import Module
-from loraduct.converters.fuse_places import Placed, placed
+from loraduct.converters.fuse_places import Placed, check_parted, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.converters.neutral import neutral
 from loraduct.errors import Refused
@@ -104,6 +104,7 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
     given = [(neutral(a, base), weight) for a, weight in adapters]
     given, head, config, added = _heads(base, given)
     if head is not None:
+        check_parted(given)
         notes.append(f"the head was tied to the embedding and now has a weight of its own ({head})")
     tensors = dict(base.tensors) | added
     base_now = replace(base, config=config)

@@ -21,7 +21,7 @@ from loraduct.converters.compress_write import copied, replaced
 from loraduct.converters.fuse import EMBEDDINGS, HEAD, moves_one_side
 from loraduct.converters.fuse_folder import Options, kinship
 from loraduct.converters.fuse_packed import WIDE, hurt
-from loraduct.converters.fuse_places import Placed, placed
+from loraduct.converters.fuse_places import Placed, check_parted, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.converters.neutral import neutral
 from loraduct.converters.package import undescribe
@@ -121,6 +121,7 @@ def plan(base: PackageBase, adapters: Sequence[tuple[Adapter, float]], options: 
     shapes = {n: t.shape for n, t in base.tensors.items()}
     untied = None
     if base.tied and EMBEDDINGS in shapes and moves_one_side(given):
+        check_parted(given)
         untied, shapes[HEAD] = HEAD, shapes[EMBEDDINGS]
         notes.append(f"the head was tied to the embedding and now has a weight of its own ({HEAD})")
     gone = sorted(set(base.package.functions) - set(base.functions))

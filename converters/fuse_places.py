@@ -28,6 +28,10 @@ _NO_BIAS = (
     "trains a bias that the base does not have: a model with it fused in would not read it; keep the"
     " adapter unfused"
 )
+_PARTED = (
+    "trains tokens, rows of embedding and head alike while they are tied; another update parts the"
+    " two, and what the rows are then is not defined here: keep the adapter unfused"
+)
 # what can't be, here and in the pool
 DORA = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined (given {:g})"
 REPLACES = "replaces this weight: weighted by {:g} that is not defined"
@@ -208,6 +212,14 @@ def _replacement(
     if there in found.touched():
         raise Refused(adapter.weights, TWICE, tensor=name)
     found.replaced[there] = u.weight
+
+
+def check_parted(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Raise Refused for trained tokens where a tied head gets a weight of its own."""
+    for adapter, _ in adapters:
+        for name in adapter.replacements:
+            if name.endswith(TOKENS):
+                raise Refused(adapter.weights, _PARTED, tensor=name)
 
 
 def _token_rows(found: Placed, adapter: Adapter, name: str, u: Replacement, shapes: Shapes) -> None:

@@ -234,6 +234,19 @@ def test_refused_in_one_line_and_nothing_written(cli, bases, tmp_path, case):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["one adapter", "two"])
+def test_tokens_and_a_tied_head_are_not_parted_silently(cli, bases, tmp_path, split):
+    base, tokens = bases("qwen2"), {"trainable_token_indices": [3, 44]}
+    first = {"target_modules": ["q_proj"]} if split else {"target_modules": ["lm_head"]}
+    adapters = [fusing.trained(base, tmp_path / "a", 1, **first, **tokens)]
+    if split:
+        adapters.append(fusing.trained(base, tmp_path / "b", 2, target_modules=["lm_head"]))
+    done = cli("fuse", *adapters, "--base", base, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "trainable_tokens_delta: trains tokens, rows of embedding and head alike" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_exact_base_is_proven_and_kin_is_a_flag(cli, bases, tmp_path):
     from loraduct.converters.fuse_folder import fingerprint
 
