@@ -39,6 +39,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
+	@$(PIP) --no-build-isolation -e '.[bench]' --config-settings editable_mode=strict
 	$(BIN)/python benchmarks/run.py
 
 screenshots: setup

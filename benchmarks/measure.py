@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +26,11 @@ MISSED = 3  # the exit code when a target is missed
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 
-def run_child(command: Sequence[str]) -> tuple[Sample, str]:
-    """Wall seconds and peak RSS (MB) of one command, and what it printed.
+def run_child(command: Sequence[str], limit: float | None = None) -> tuple[Sample, str]:
+    """Wall seconds, CPU seconds and peak RSS (MB) of one command, and what it printed.
+
+    One that still runs after ``limit`` seconds is killed, and has ``stopped`` in its sample: its
+    times are lower bounds then.
 
     The peak comes from wait4, so it is this child's and no other's. On Linux the high-water mark
     of the spawning process survives exec: the caller's own memory is a lower bound of the figure.
@@ -35,18 +40,25 @@ def run_child(command: Sequence[str]) -> tuple[Sample, str]:
     begin = time.perf_counter()
     pid = os.posix_spawnp(command[0], list(command), environment(), file_actions=actions)
     os.close(writing)
+    alarm = threading.Timer(limit or threading.TIMEOUT_MAX, os.kill, (pid, signal.SIGKILL))
+    alarm.daemon = True
+    if limit is not None:
+        alarm.start()
     with open(reading, "rb") as output:
         text = output.read().decode(errors="replace")
     _, status, usage = os.wait4(pid, 0)
+    alarm.cancel()
     wall = time.perf_counter() - begin
-    if code := os.waitstatus_to_exitcode(status):
+    code = os.waitstatus_to_exitcode(status)
+    stopped = code == -signal.SIGKILL and limit is not None and wall >= limit
+    if code and not stopped:
         raise SystemExit(f"{' '.join(command)}\nended with exit code {code}:\n{text}")
     sample = {
         "wall": wall,
         "rss": usage.ru_maxrss * RSS_UNIT / 1e6,
         "cpu": usage.ru_utime + usage.ru_stime,
     }
-    return sample, text
+    return sample | ({"stopped": 1.0} if stopped else {}), text
 
 
 def environment() -> dict[str, str]:

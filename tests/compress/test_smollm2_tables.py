@@ -29,11 +29,11 @@ def matrices(part: str) -> list[Any]:
 
 
 def exact(w: Any, bits: int) -> float:
-    """Squared error of the optimum as coremltools stores it: a float16 table, its own indices."""
+    """Squared error of the optimum as coremltools stores it: a table in w's dtype, its own indices."""
     values, counts = np.unique(w, return_counts=True)
     wide = values.astype(np.float64)
     found = kmeans1d.cluster(wide, min(1 << bits, len(wide)), weights=counts)
-    table = np.array(found.centroids).astype(np.float16).astype(np.float64)
+    table = np.array(found.centroids).astype(w.dtype).astype(np.float64)
     return float((counts * (wide - table[found.clusters]) ** 2).sum())
 
 
@@ -43,6 +43,17 @@ def test_per_tensor(part: str, bits: int) -> None:
     for w in matrices(part):
         limit = 1.00001 if bits <= 4 else 1.001
         assert palettize(w, Options(bits)).error <= limit * exact(w, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_float32(bits: int) -> None:
+    """Numbers that float16 does not have: they are binned while they are clustered."""
+    rng = np.random.default_rng(bits)
+    for w in matrices("layers.6.self_attn.k"):
+        noise = rng.normal(0, 0.05 * float(w.std(dtype=np.float64)), w.shape)
+        wide = (w + noise).astype(np.float32)
+        limit = 1.00001 if bits <= 4 else 1.001
+        assert palettize(wide, Options(bits, lut="float32")).error <= limit * exact(wide, bits)
 
 
 @pytest.mark.parametrize("part", ["layers.0.mlp.down", "layers.10.self_attn.q", "layers.29.mlp.up"])
