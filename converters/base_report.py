@@ -12,7 +12,9 @@ from loraduct.text import printable, size
 
 @dataclass
 class Outcome:
-    """What was compressed, or would be. ``errors``: relative Frobenius error by module."""
+    """What was compressed, or would be. ``errors``: relative Frobenius error by module; of the outputs
+    of the ``weighted`` ones, whose inputs were measured. ``quality``: measured afterwards, by whoever can
+    run it."""
 
     source: Path
     output: Path | None
@@ -25,7 +27,10 @@ class Outcome:
     kept: dict[str, str]
     errors: dict[str, float] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    weighted: int = 0
+    predicted: bool = False  # a budget's widths are by measured losses of the predictions
+    quality: list[Any] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For people."""
@@ -38,10 +43,12 @@ class Outcome:
         counts = Counter(str(w) for w in self.widths.values())
         out += [f"  {n:>5} modules at {w} bits" for w, n in sorted(counts.items())]
         worst = sorted(self.errors.items(), key=lambda kv: -kv[1])[:3]
-        out += [f"        error {e:.4f} {printable(n)}" for n, e in worst]
+        error = "error of outputs" if self.weighted else "error"
+        out += [f"        {error} {e:.4f} {printable(n)}" for n, e in worst]
         reasons = Counter(self.kept.values())
         out += [f"  {n:>5} tensors as they were: {why}" for why, n in reasons.items()]
-        return [*out, *(f"  note: {n}" for n in self.notes)]
+        out += [f"  note: {printable(n, 600)}" for n in self.notes]
+        return [*out, *(f"  {q.line()}" for q in self.quality)]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -57,5 +64,8 @@ class Outcome:
             "bytes": {"before": self.before, "after": self.after},
             "bits_per_weight": 8 * self.nbytes / self.weights if self.weights else 0.0,
             "files": self.files,
-            "notes": list(self.notes),
+            "weighted_tensors": self.weighted,
+            "predicted": self.predicted,
+            "quality": [q.as_json() for q in self.quality],
+            "notes": self.notes,
         }

@@ -22,9 +22,10 @@ from loraduct.converters.compress_factors import PROBE, Coded, Pair, best, losse
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.convert import Options as Conversion
 from loraduct.converters.convert import convert
+from loraduct.converters.start import check_unmoved
 from loraduct.errors import Refused
 from loraduct.files import file_chunks, staged_folder, write_file
-from loraduct.formats import CONFIG, folder, locate, mlx, packed_adapter, peft, peft_config
+from loraduct.formats import CONFIG, folder, locate, mlx, packed_adapter, peft
 from loraduct.formats import read as read_adapter
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.safetensors_file import ordered, serialized
@@ -204,6 +205,11 @@ def _check_wanted(target: Path, wanted: Wanted) -> None:
     """Refuse what adapters don't have."""
     odd = {
         **{option: (given, "is for packages") for option, given in wanted.of_tables.items()},
+        **{
+            option: (given, "is for packages and bases: packed factors have symmetric integers and a"
+                     " scale per channel, or per --group-size")
+            for option, given in wanted.of_integers.items()
+        },
         "--adapter-bits": (wanted.adapter_bits, "is for packages; use --palettize"),
         "--per-channel-scale": (wanted.per_channel_scale, "is not for adapters: their ranks are"
                                 " balanced anyway"),
@@ -226,10 +232,7 @@ def _check_adapter(adapter: Adapter) -> None:
     if adapter.technique is not None or adapter.format not in _READ:
         what = adapter.technique or adapter.format
         raise Refused(adapter.weights, f"is {what}: convert it to LoRA first (convert --to peft)")
-    if adapter.format == "peft" and peft_config.moves_base(adapter.config):
-        way = peft_config.began(adapter.config)
-        what = f"{way}: training moved the base; convert it first (--initial, or --base for KaSA)"
-        raise Refused(adapter.path, what)
+    check_unmoved(adapter)
     if not (adapter.path / CONFIG).exists():
         raise Refused(adapter.path, f"has no {CONFIG}: convert it first (convert --to peft)")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from loraduct.architectures import table
 from loraduct.converters import bits, compress_expanded, fuse_packed, mlx_quantize
 from loraduct.converters.base_report import Outcome
+from loraduct.converters.compress_plan import measured, squared
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.fuse_folder import check_base
 from loraduct.errors import Refused
@@ -36,6 +37,7 @@ from loraduct.text import printable, several
 GROUP = 64  # mlx-lm's own default
 _ROWS = 1 << 20  # numbers packed at once
 _SAMPLE = 1 << 14  # numbers of each weight by which widths are compared
+_PROBED = 4  # bits to which weights are changed to see what that does to the predictions
 _SLACK = 4096  # bytes of headers and config that a size leaves room for, beside what was counted
 
 
@@ -54,7 +56,7 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
         tensors, config = made
         with staged_folder(output) as stage:
             outcome.files = model_folder.write(base, tensors, config, model_folder.SHARD, stage)
-        outcome.notes += tuple(companions.find(base.path)[1])
+        outcome.notes += companions.find(base.path)[1]
     return outcome
 
 
@@ -87,6 +89,11 @@ def decompress(target: Path, output: Path, *, force: bool) -> Outcome:
 
 
 def _check_wanted(target: Path, wanted: Wanted) -> None:
+    if (wanted.quantize or "").startswith("mlx"):
+        for option, asked in wanted.of_integers.items():
+            if asked:
+                what = "is packed by MLX in blocks, each with a scale and a bias (so: asymmetric)"
+                raise Refused(target, f"{what}; {option} is for --quantize int8 or int4")
     odd = {
         **wanted.of_tables,
         "--adapter-bits": wanted.adapter_bits,
@@ -117,13 +124,14 @@ def _packed(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[s
         raise Refused(base.path, f"--group-size {group}: MLX packs groups of {known}")
     mode = "mlx" if wanted.plain else "optimal"
     held, kept = _modules(base, group, wanted)
-    widths = _widths(base, held, kept, group, mode, wanted)
+    how = _How(group, mode, _importance(held, wanted))
+    widths, predicted = _widths(base, held, kept, how, wanted)
     errors: dict[str, float] = {}
     tensors: dict[str, Stored] = {}
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         if module in widths and module != name:
-            tensors |= _Packing(module, tensor, widths[module], group, mode, errors).stored()
+            tensors |= _Packing(module, tensor, widths[module], how, errors).stored()
         else:
             tensors[name] = copied(tensor)
     said = _quantization(widths, group)
@@ -133,8 +141,41 @@ def _packed(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[s
         base.path, None, f"MLX, groups of {group}, {'plain' if wanted.plain else 'optimal'} scales",
         dict(widths), _bytes(base.tensors), sum(t.nbytes for t in tensors.values()),
         sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
+        weighted=len(how.counts), predicted=predicted,
     )  # fmt: skip
     return (tensors, config), outcome
+
+
+@dataclass(frozen=True)
+class _How:
+    """How weights are packed, whatever their widths. ``counts``: by module, what squared errors count,
+    per input channel, where it is known."""
+
+    group: int
+    mode: str
+    counts: Mapping[str, Any]
+
+    def packed(self, module: str, rows: Any, tensor: Tensor, width: int) -> mlx_quantize.Packed:
+        """Some rows of a module's weight, as they are stored."""
+        return mlx_quantize.quantize(
+            rows, width, self.group, mode=self.mode, bf16=tensor.dtype == "BF16",
+            importance=self.counts.get(module), name=tensor.name,
+        )  # fmt: skip
+
+    def lost(self, module: str, rows: Any, tensor: Tensor, width: int) -> tuple[Any, float]:
+        """(what is read back of the rows, the squared error that this makes, as it counts)."""
+        import numpy as np
+
+        made = mlx_quantize.dequantize(self.packed(module, rows, tensor, width)).astype(np.float32)
+        return made, squared(made - as_float32(rows, tensor.dtype), self.counts.get(module))
+
+
+def _importance(held: Mapping[str, Tensor], wanted: Wanted) -> dict[str, Any]:
+    known = wanted.calibration.moments if wanted.calibration else {}
+    names = {m: f"{m}.weight" for m in held}
+    return {
+        m: known[n] for m, n in names.items() if n in known and known[n].shape == held[m].shape[1:]
+    }
 
 
 def _modules(base: Base, group: int, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,28 +230,27 @@ def _nbytes(tensor: Tensor, width: int, group: int) -> int:
 
 
 def _widths(
-    base: Base,
-    held: Mapping[str, Tensor],
-    kept: Mapping[str, str],
-    group: int,
-    mode: str,
-    wanted: Wanted,
-) -> dict[str, int]:
-    """Bits of each module: one width, or the plan of the least error.
+    base: Base, held: Mapping[str, Tensor], kept: Mapping[str, str], how: _How, wanted: Wanted
+) -> tuple[dict[str, int], bool]:
+    """(bits of each module, whether they are by measured losses): one width, or the plan of the least
+    error.
 
-    Errors are estimated on evenly spread rows, and count relative to the weight's mean square: layers
-    stand behind norms, so what a layer's size is says little of what its errors do.
+    Errors are estimated on evenly spread rows, and count by what the predictions lose (`_sensitivities`);
+    where that is not known, relative to the weight's mean square: layers stand behind norms, so what a
+    layer's size is says little of what its errors do.
     """
     if wanted.quantize:
-        return dict.fromkeys(held, int(wanted.quantize.removeprefix("mlx")))
+        return dict.fromkeys(held, int(wanted.quantize.removeprefix("mlx"))), False
+    share = _sensitivities(held, how, wanted)
     choices, count = {}, {m: math.prod(t.shape) for m, t in held.items()}
     for module, tensor in held.items():
         rows = sample(tensor)
-        square = float((as_float32(rows, tensor.dtype).astype("float64") ** 2).mean()) or 1.0
+        square = squared(as_float32(rows, tensor.dtype), how.counts.get(module)) or 1.0
+        each = share[module] / rows.size if share else 1 / square
         choices[module] = [
             bits.Choice(
-                w, _nbytes(tensor, w, group),
-                _lost(rows, tensor, w, group, mode) / rows.size / square * count[module],
+                w, _nbytes(tensor, w, how.group),
+                how.lost(module, rows, tensor, w)[1] * each * count[module],
             )
             for w in mlx_quantize.BITS
         ]  # fmt: skip
@@ -219,7 +259,26 @@ def _widths(
         room = wanted.size - fixed - _SLACK - 400 * len(held)
     else:
         room = bits.size_of(count, wanted.bits_per_weight or 0)
-    return {m: int(w) for m, w in bits.plan(choices, room).widths.items()}
+    plan = bits.plan(choices, room)
+    return {m: int(w) for m, w in plan.widths.items()}, bool(share)
+
+
+def _sensitivities(held: Mapping[str, Tensor], how: _How, wanted: Wanted) -> dict[str, float]:
+    """What the predictions lose per unit of each module's error; nothing where that is not measured.
+
+    Of weights as ``mx.quantize`` packs them, which is quick: what counts is loss over error.
+    """
+    plain = replace(how, mode="mlx")
+    if wanted.calibration is None or wanted.calibration.loss is None:
+        return {}
+
+    def changed(name: str) -> tuple[Any, float]:
+        module = name.removesuffix(".weight")
+        tensor = held[module]
+        return plain.lost(module, tensor.rows(0, tensor.shape[0]), tensor, _PROBED)
+
+    found = measured([f"{m}.weight" for m in held], changed, wanted.calibration.loss)
+    return {n.removesuffix(".weight"): share for n, share in found.items()}
 
 
 def sample(tensor: Tensor) -> Any:
@@ -232,16 +291,6 @@ def sample(tensor: Tensor) -> Any:
     return np.concatenate([tensor.rows(int(at), int(at) + 1) for at in starts])
 
 
-def _lost(rows: Any, tensor: Tensor, width: int, group: int, mode: str) -> float:
-    """The squared error of some rows."""
-    import numpy as np
-
-    bf16 = tensor.dtype == "BF16"
-    p = mlx_quantize.quantize(rows, width, group, mode=mode, bf16=bf16, name=tensor.name)
-    gap = mlx_quantize.dequantize(p).astype(np.float64) - as_float32(rows, tensor.dtype)
-    return float(np.vdot(gap, gap))
-
-
 @dataclass
 class _Packing:
     """One module being packed: the weight is computed as it is written, and what goes with it kept."""
@@ -249,15 +298,14 @@ class _Packing:
     module: str
     tensor: Tensor
     width: int
-    group: int
-    mode: str
+    how: _How
     errors: dict[str, float]
     beside: dict[str, list[Any]] = field(default_factory=dict)
 
     def stored(self) -> dict[str, Stored]:
         """The three tensors, in the order in which they must be written."""
         high, wide = self.tensor.shape
-        dtype, groups = self.tensor.dtype, (high, wide // self.group)
+        dtype, groups = self.tensor.dtype, (high, wide // self.how.group)
         return {
             f"{self.module}.weight": Stored("U32", (high, wide * self.width // 32), self._weight),
             f"{self.module}.scales": Stored(dtype, groups, partial(self._kept, "scales")),
@@ -268,19 +316,16 @@ class _Packing:
         import numpy as np
 
         high, wide = self.tensor.shape
-        step = max(1, _ROWS // wide)
+        step, counts = max(1, _ROWS // wide), self.how.counts.get(self.module)
         self.beside = {"scales": [], "biases": []}
         error = norm = 0.0
         for start in range(0, high, step):
             rows = self.tensor.rows(start, min(start + step, high))
-            bf16 = self.tensor.dtype == "BF16"
-            p = mlx_quantize.quantize(
-                rows, self.width, self.group, mode=self.mode, bf16=bf16, name=self.tensor.name
-            )
+            p = self.how.packed(self.module, rows, self.tensor, self.width)
             before = as_float32(rows, self.tensor.dtype)
             gap = mlx_quantize.dequantize(p).astype(np.float32) - before
-            error += float(np.vdot(gap, gap))
-            norm += float(np.vdot(before, before))
+            error += squared(gap, counts)
+            norm += squared(before, counts)
             self.beside["scales"].append(p.scales)
             self.beside["biases"].append(p.biases)
             yield np.ascontiguousarray(p.weight)

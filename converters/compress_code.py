@@ -148,7 +148,7 @@ def arguments(weight: Weight, way: Way, form: str) -> list[Argument]:
         count = -(-weight.count * way.bits // 8)
         return [Argument("indices", "UINT8", (count,)), Argument("lut", weight.dtype, (entries,))]
     tables, chosen = [1] * rank, list(shape)
-    tables[way.axis] = shape[way.axis] // way.group if way.group else 1
+    tables[way.axis] = -(-shape[way.axis] // way.group) if way.group else 1
     chosen[way.axis] //= way.cluster_dim
     found = [
         Argument("indices", f"UINT{way.bits}", tuple(chosen)),
@@ -168,7 +168,7 @@ def stored_bytes(weight: Weight, way: Way | None, form: str) -> int:
 @dataclass(frozen=True)
 class Item:
     """A tensor to be encoded. ``read`` gives its values; ``importance`` (input channels,), what
-    squared errors count, for tables."""
+    squared errors count."""
 
     weight: Weight
     way: Way
@@ -237,7 +237,10 @@ def _batch(batch: Sequence[Item]) -> list[tuple[Found, int]]:
     first = batch[0]
     way, name, kind = first.way, first.weight.name, first.weight.dtype.lower()
     if way.kind == "int":
-        made: list[Found] = [quantize.quantize(first.read(), linear(way, kind), name=name)]
+        options = linear(way, kind)
+        made: list[Found] = [
+            quantize.quantize(first.read(), options, importance=first.importance, name=name)
+        ]
     elif len(batch) == 1:
         given = first.importance
         made = [palettize.palettize(first.read(), tables(way, kind), importance=given, name=name)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from loraduct.converters import bits, palette, palettize, quantize
+from loraduct.converters import palette, palettize, quantize
 from loraduct.converters.base_report import Outcome
-from loraduct.converters.compress_code import Way, linear, tables
-from loraduct.converters.compress_wanted import PALETTES, Wanted
+from loraduct.converters.compress_code import Way, linear, stored_bytes, tables
+from loraduct.converters.compress_plan import Plan, budgeted, integers, squared
+from loraduct.converters.compress_sites import NEW, Weight, importance
+from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.compressible import left_alone
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
@@ -22,32 +24,32 @@ from loraduct.tensor import FLOATS, Tensor, from_float
 def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
     """What is written, and what is said of it."""
     held, kept = _weights(base, wanted)
+    # as a package would hold them: of float16, unless they are float32
+    weights = [
+        Weight(at, name, "FLOAT32" if tensor.dtype == "F32" else "FLOAT16", tensor.shape)
+        for at, (name, tensor) in enumerate(held.items())
+    ]
+    plan = _planned(base, held, weights, wanted, sum(base.tensors[n].stored_nbytes for n in kept))
+    ways = {w.name: plan.ways[w.offset] for w in weights if w.offset in plan.ways}
+    counts = {w.name: plan.importance.get(w.offset) for w in weights}
+    kept |= {w.name: w.reason for w in weights if w.reason is not None}
     rest = sum(base.tensors[n].stored_nbytes for n in kept)
-    ways = _ways(held, wanted, rest)
     errors: dict[str, float] = {}
     tensors = {
-        n: Stored(t.dtype, t.shape, partial(_pieces, n, t, ways[n], errors))
+        n: Stored(t.dtype, t.shape, partial(_pieces, n, t, ways[n], counts[n], errors))
         if n in ways
         else copied(t)
         for n, t in base.tensors.items()
     }
     whole = sum(t.stored_nbytes for t in base.tensors.values())
-    inner = sum(_nbytes(ways[n], t) for n, t in held.items())
+    inner = sum(stored_bytes(w, ways[w.name], NEW) for w in weights if w.name in ways)
     widths = {n: w.bits if w.kind == "lut" else f"int{w.bits}" for n, w in ways.items()}
     outcome = Outcome(
         base.path, None, "expanded: the size is what it would take", widths,
-        whole, inner + rest, sum(math.prod(t.shape) for t in held.values()), inner, kept, errors,
+        whole, inner + rest, sum(math.prod(held[n].shape) for n in ways), inner, kept, errors,
+        weighted=sum(counts[n] is not None for n in ways), predicted=plan.predicted,
     )  # fmt: skip
     return (tensors, dict(base.config)), outcome
-
-
-def _nbytes(way: Way, tensor: Tensor) -> int:
-    """What it would take in Core ML; the last table may serve fewer channels."""
-    count, high = math.prod(tensor.shape), tensor.shape[0]
-    beside = -(-high // (way.group or high)) << (way.bits + 1)
-    if way.kind == "int":
-        beside = 2 * high * (count // high // way.group if way.group else 1)
-    return -(-count * way.bits // 8) + beside
 
 
 def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -71,27 +73,22 @@ def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, s
     return found, kept
 
 
-def _ways(held: dict[str, Tensor], wanted: Wanted, rest: int) -> dict[str, Way]:
-    """How each is stored. ``rest``: bytes of the tensors that stay as they are."""
-    group = wanted.group_size or 0
-    if wanted.quantize:
-        return dict.fromkeys(held, Way("int", int(wanted.quantize.removeprefix("int")), group))
-    if wanted.palettize:
-        return dict.fromkeys(held, Way("lut", wanted.palettize, group))
-    count = {n: math.prod(t.shape) for n, t in held.items()}
-    choices = {}
-    for name, tensor in held.items():
-        values = _values(tensor)
-        lost = bits.estimates(values, PALETTES, name=name)
-        square = float((values.astype("float64") ** 2).mean()) or 1.0
-        choices[name] = [
-            bits.Choice(w, _nbytes(Way("lut", w, group), tensor), e / square)
-            for w, e in lost.items()
-        ]
-    room = bits.size_of(count, wanted.bits_per_weight or 0)
-    if wanted.size is not None:
-        room = wanted.size - rest
-    return {n: Way("lut", int(w), group) for n, w in bits.plan(choices, room).widths.items()}
+def _planned(
+    base: Base, held: Mapping[str, Tensor], weights: Sequence[Weight], wanted: Wanted, rest: int
+) -> Plan:
+    """How each is stored. ``rest``: bytes of the tensors that stay as they are. Raises Refused."""
+    try:
+        if wanted.palettize is None and wanted.quantize is None:
+            return budgeted(
+                weights, wanted, NEW, lambda w: _values(held[w.name]), rest, relative=True
+            )
+        way = integers(wanted) if wanted.quantize else (
+            Way("lut", wanted.palettize or 0, wanted.group_size or 0)
+        )  # fmt: skip
+    except Refused as e:
+        raise Refused(base.path, str(e)) from None
+    moments = wanted.calibration.moments if wanted.calibration else {}
+    return Plan({w.offset: way for w in weights}, importance=importance(weights, moments))
 
 
 def _values(tensor: Tensor) -> Any:
@@ -102,18 +99,23 @@ def _values(tensor: Tensor) -> Any:
     return raw.view(np.float16) if tensor.dtype == "F16" else tensor.read()
 
 
-def _pieces(name: str, tensor: Tensor, way: Way, errors: dict[str, float]) -> Iterator[Any]:
+def _pieces(
+    name: str, tensor: Tensor, way: Way, counts: Any, errors: dict[str, float]
+) -> Iterator[Any]:
+    """``counts`` (input channels,): what squared errors count, or None."""
     import numpy as np
 
     before = _values(tensor)
     kind = "float16" if tensor.dtype == "F16" else "float32"
     if way.kind == "int":
-        after = quantize.expand(quantize.quantize(before, linear(way, kind), name=name))
+        found = quantize.quantize(before, linear(way, kind), importance=counts, name=name)
+        after = quantize.expand(found)
     else:
         options = replace(tables(way, kind), ragged=True)
-        after = palette.expand(palettize.palettize(before, options, name=name))
+        made = palettize.palettize(before, options, importance=counts, name=name)
+        after = palette.expand(made)
     raw = from_float(after, tensor.dtype)
-    wide = before.astype(np.float32)
-    norm = float(np.linalg.norm(wide))
-    errors[name] = float(np.linalg.norm(after.astype(np.float32) - wide)) / norm if norm else 0.0
+    norm = squared(before, counts)
+    gap = after.astype(np.float32) - before.astype(np.float32)
+    errors[name] = math.sqrt(squared(gap, counts) / norm) if norm else 0.0
     yield np.ascontiguousarray(raw)

@@ -72,11 +72,6 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
         report.rows = planned(held, plan, form)
         report.after = report.before + sum(r.after - r.before for r in report.rows)
         return report
-    base = ways[BASE]
-    if wanted.calibration is not None and base is not None and base.kind == "int":
-        report.notes.append(
-            "scales of integers are searched without the text; it measures the loss only"
-        )
     _note(report, found, ways, whole)
     write(package, found, held, plan, form, report)
     if wanted.size is not None and report.after > wanted.size:
@@ -106,9 +101,7 @@ def _planned(
             ways_of = [replace(base, bits=b) for b in plans.widths(form)]
             more = plans.estimated(chosen, ways_of, form, values, moments)
             plan.errors, plan.norms = more.errors, more.norms
-        plan.importance = importance(
-            [w for w in chosen if plan.ways[w.offset].kind == "lut"], moments
-        )
+        plan.importance = importance(chosen, moments)
         return plan
     of_adapters = plans.fixed([w for w in held if w.group == ADAPTER], ways, form)
     rest = report.before + sum(TEXT * len(w.users) for w in held if w.reason is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,15 @@ from loraduct.converters.compress_wanted import PALETTES, Calibration, Wanted
 from loraduct.errors import Refused
 from loraduct.text import size as shown_size
 
+BLOCK = (
+    32  # input channels per scale, where --granularity block says no more (coremltools' default)
+)
 SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
 PROBES = 64  # runs that measure what errors do, about at most
 PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
 _CHUNK = 1 << 18
+_NUMBER = re.compile(r"[0-9]+")
 Read = Callable[[Weight], Any]
 
 
@@ -59,6 +64,9 @@ def asked(wanted: Wanted) -> dict[str, Way | None]:
     for what, (given, fits, other) in forms.items():
         if given and not fits:
             raise Refused(None, f"{what} goes with --palettize{other}")
+    for what, said in wanted.of_integers.items():
+        if said and wanted.quantize is None:
+            raise Refused(None, f"{what} goes with --quantize")
     if wanted.axis and not group and wanted.cluster_dim == 1:
         raise Refused(None, "--axis says along which axis groups lie: give --group-size too")
     base = None
@@ -70,9 +78,19 @@ def asked(wanted: Wanted) -> dict[str, Way | None]:
     elif wanted.quantize is not None:
         if wanted.quantize not in ("int8", "int4"):
             raise Refused(None, f"--quantize {wanted.quantize}: int8 or int4")
-        base = Way("int", int(wanted.quantize.removeprefix("int")), group)
+        base = integers(wanted)
     own = wanted.adapter_bits
     return {BASE: base, ADAPTER: None if own is None else Way("lut", own)}
+
+
+def integers(wanted: Wanted) -> Way:
+    """How --quantize int8 or int4 stores. Raises Refused for granularities that contradict the groups."""
+    group, how = wanted.group_size or 0, wanted.granularity
+    if group and how in ("tensor", "channel"):
+        raise Refused(None, f"--granularity {how}: --group-size is for a scale per block")
+    group = BLOCK if how == "block" and not group else group
+    width = int((wanted.quantize or "").removeprefix("int"))
+    return Way("int", width, group, symmetric=not wanted.asymmetric, whole=how == "tensor")
 
 
 def fixed(weights: Sequence[Weight], ways: Mapping[str, Way | None], form: str) -> Plan:
@@ -120,12 +138,21 @@ def candidates(wanted: Wanted, form: str) -> list[Way]:
     return [Way("lut", b, g, scaled) for g in GROUPS for b in known if not g or 1 << b <= 16 * g]
 
 
-def budgeted(weights: Sequence[Weight], wanted: Wanted, form: str, read: Read, rest: int) -> Plan:
+def budgeted(
+    weights: Sequence[Weight],
+    wanted: Wanted,
+    form: str,
+    read: Read,
+    rest: int,
+    *,
+    relative: bool = False,
+) -> Plan:
     """A way for each tensor of the base, so that all fit and the error is the least.
 
-    The error is the sum of squares; with a calibration, of what it counts in the outputs, times how
-    much the predictions lose by that. ``rest``: bytes of the package besides these tensors, of which
-    --size speaks too. Raises Refused for a budget that can't be met, with the least that can.
+    The error is the sum of squares (``relative``: to the mean square of its tensor); with a calibration,
+    of what it counts in the outputs, times how much the predictions lose by that. ``rest``: bytes of the
+    package besides these tensors, of which --size speaks too. Raises Refused for a budget that can't be
+    met, with the least that can.
     """
     free = [w for w in weights if w.group == BASE and w.reason is None and w.count >= SMALLEST]
     known = candidates(wanted, form)
@@ -151,6 +178,8 @@ def budgeted(weights: Sequence[Weight], wanted: Wanted, form: str, read: Read, r
     if wanted.calibration is not None and wanted.calibration.loss is not None:
         counts = sensitivities(free, plan, form, read, wanted.calibration)
         plan.predicted = bool(counts)
+    if relative and not counts:
+        counts = {w.offset: w.count / (plan.norms[w.offset] or 1.0) for w in free}
     choices = {}
     for weight in free:
         errors = plan.errors[weight.offset]
@@ -210,31 +239,50 @@ def sensitivities(
     those of several tensors about add up.
     """
     assert calibration.loss is not None
-    found: dict[int, float] = {}
-    for held in _neighbours(weights):
+    by_name = {weight.name: weight for weight in weights}
+
+    def changed(name: str) -> tuple[Any, float]:
+        weight = by_name[name]
+        way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
+        made = palettize.palettize(
+            read(weight), tables(way, weight.dtype.lower()),
+            importance=plan.importance.get(weight.offset), name=name,
+        )  # fmt: skip
+        return palette.expand(made), made.error
+
+    found = measured(list(by_name), changed, calibration.loss)
+    return {w.offset: found[w.name] for w in weights} if found else {}
+
+
+def measured(
+    names: Sequence[str],
+    changed: Callable[[str], tuple[Any, float]],
+    loss: Callable[[Mapping[str, Any]], float | None],
+) -> dict[str, float]:
+    """`sensitivities` by name. ``changed``: a tensor's other values, and their error."""
+    found: dict[str, float] = {}
+    for held in _neighbours(names):
         values, error = {}, 0.0
-        for weight in held:
-            way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
-            made = palettize.palettize(
-                read(weight), tables(way, weight.dtype.lower()),
-                importance=plan.importance.get(weight.offset), name=weight.name,
-            )  # fmt: skip
-            values[weight.name], error = palette.expand(made), error + made.error
-        lost = calibration.loss(values)
+        for name in held:
+            values[name], own = changed(name)
+            error += own
+        lost = loss(values)
         if lost is not None and error > 0:
-            found |= dict.fromkeys((w.offset for w in held), max(lost, 1e-12) / error)
+            found |= dict.fromkeys(held, max(lost, 1e-12) / error)
     if not found:
         return {}
     usual = sorted(found.values())[len(found) // 2]
-    return {w.offset: found.get(w.offset, usual) for w in weights}
+    return {name: found.get(name, usual) for name in names}
 
 
-def _neighbours(weights: Sequence[Weight]) -> list[list[Weight]]:
+def _neighbours(names: Sequence[str]) -> list[list[str]]:
     """Tensors of a kind, so many together that there are about PROBES groups."""
-    kinds: dict[str, list[Weight]] = {}
-    for weight in weights:
-        kinds.setdefault(kind_of(weight.name), []).append(weight)
-    step = -(-len(weights) // PROBES)
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    for held in kinds.values():  # layer 2 before layer 10
+        held.sort(key=lambda name: [int(n) for n in _NUMBER.findall(name)])
+    step = -(-len(names) // PROBES)
     return [held[at : at + step] for held in kinds.values() for at in range(0, len(held), step)]
 
 

@@ -109,8 +109,8 @@ def importance(held: Sequence[Weight], moments: Mapping[str, Any]) -> dict[int, 
     """By offset, what errors of a weight count: one number per input channel, where it is known."""
     found = {}
     for weight in held:
-        for function, op in weight.users:
-            name = op.outputs[0].name
+        users = [(function, op.outputs[0].name) for function, op in weight.users]
+        for function, name in users or [("", weight.name)]:  # a base's folder has no operations
             known = moments.get(f"{function}/{name}") if weight.group == ADAPTER else None
             known = moments.get(name) if known is None and weight.group == BASE else known
             if known is not None and weight.shape[1:] == known.shape:

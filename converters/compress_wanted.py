@@ -52,7 +52,8 @@ class Wanted:
     mlx2 to mlx8), ``bits_per_weight``, ``size`` (bytes).
 
     ``adapter_bits``: of the factors of adapters, which are left as they are without it.
-    ``group_size``: channels per table; input channels per scale with ``quantize``. ``lut``,
+    ``group_size``: channels per table; input channels per scale with ``quantize``. ``asymmetric``:
+    integers with offsets; ``granularity``: what shares a scale of integers. ``lut``,
     ``cluster_dim``, ``axis``: of tables, see `compress_code.Way`. ``include``, ``exclude``: regular
     expressions, searched in the names of tensors. ``force``: replace ``output``.
     Of bases alone: ``plain`` scales instead of searched ones, ``expanded`` weights.
@@ -64,6 +65,8 @@ class Wanted:
     size: int | None = None
     adapter_bits: int | None = None
     group_size: int | None = None
+    asymmetric: bool = False
+    granularity: str | None = None
     per_channel_scale: bool = False
     lut: str = "kmeans"
     cluster_dim: int = 1
@@ -74,6 +77,11 @@ class Wanted:
     include: str | None = None
     exclude: str | None = None
     force: bool = False
+
+    @property
+    def of_integers(self) -> dict[str, bool]:
+        """Options that say how integers are made -> whether they are given."""
+        return {"--asymmetric": self.asymmetric, "--granularity": self.granularity is not None}
 
     @property
     def of_tables(self) -> dict[str, bool]:

@@ -38,7 +38,7 @@ def extract(tuned: Base, base: Base, wanted: Wanted) -> Extracted:
     for one in (tuned, base):
         check_base(one)
         if one.quantization is not None:
-            what = "is packed: unpack it first (mlx_lm.convert --dequantize)"
+            what = "is packed: unpack it first (loraduct decompress)"
             raise Refused(one.path / "config.json", what)
     if tuned.model_type != base.model_type:
         what = f"is a {tuned.model_type} model, the base a {base.model_type}: not tuned from it"

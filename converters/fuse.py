@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loraduct.adapter import Adapter
-from loraduct.converters.fuse_places import Placed, check_parted, placed
+from loraduct.converters.fuse_places import Placed, check_parted, is_end, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.formats.base import Base
 from loraduct.formats.model_folder import Stored
@@ -63,5 +63,4 @@ def _nothing(name: str, places: Placed) -> Tensor:
 
 def moves_one_side(adapters: Weighted) -> bool:
     """Whether a head and an embedding that are tied are so no more. Trained tokens are rows of both."""
-    ends = ("embed_tokens", "lm_head", "embed_tokens.weight", "lm_head.weight")
-    return any(n.endswith(ends) for a, _ in adapters for n in a.updates)
+    return any(is_end(n) for a, _ in adapters for n in a.updates)

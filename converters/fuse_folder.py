@@ -12,13 +12,14 @@ from typing import Any
 from loraduct.adapter import Adapter
 from loraduct.converters import fuse_packed, tied
 from loraduct.converters.fuse_packed import Module
-from loraduct.converters.fuse_places import Placed, check_parted, placed
+from loraduct.converters.fuse_places import Placed, check_parted, is_end, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.converters.neutral import neutral
 from loraduct.errors import Refused
 from loraduct.formats import model_folder, untied
 from loraduct.formats.base import Base, correlation
 from loraduct.formats.model_folder import Stored, copied
+from loraduct.formats.quantised import check_plain
 from loraduct.tensor import FLOATS, Tensor
 from loraduct.text import printable
 
@@ -75,14 +76,7 @@ class Plan:
 
 def check_base(base: Base) -> None:
     """Refuse a base that can't be fused into, with the way out."""
-    settings = base.config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None:
-        raise Refused(
-            base.path / "config.json",
-            f"is quantised by {printable(str(method), 40)}: fuse into the unquantised model it was made"
-            " from and quantise the result again, or unpack it first (transformers: model.dequantize())",
-        )
+    check_plain(base)
     if not base.has_weights:
         raise Refused(base.path, "holds no model*.safetensors; a base with weights is expected")
 
@@ -95,7 +89,7 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
     check_base(base)
     held = fuse_packed.modules(base)
     if held and options.dtype != "keep":
-        what = "is packed: its dtype is kept; unpack it first (mlx_lm.convert --dequantize)"
+        what = "is packed: its dtype is kept; unpack it first (loraduct decompress)"
         raise Refused(base.path / "config.json", f"{what} to use --dtype")
     notes = [
         kinship(a, base, _kin_of(base, held), options.allow_kin, partial(fingerprint, base))
@@ -168,14 +162,10 @@ def _heads(
             settled = tied.settle(adapter, base, allowed=False, untied=False).adapter
         except Refused:
             return _untie(base, adapters)
-        if any(_is_end(n) for n in adapter.replacements):
+        if any(is_end(n) for n in adapter.replacements):
             return _untie(base, adapters)
         done.append((settled, weight))
     return done, None, config, {}
-
-
-def _is_end(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
 
 
 def _untie(

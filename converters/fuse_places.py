@@ -214,6 +214,11 @@ def _replacement(
     found.replaced[there] = u.weight
 
 
+def is_end(name: str) -> bool:
+    """Whether a module, or its weight, is a side that may be tied: the embedding or the head."""
+    return name.removesuffix(".weight").endswith(("embed_tokens", "lm_head", "wte"))
+
+
 def check_parted(adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Raise Refused for trained tokens where a tied head gets a weight of its own."""
     for adapter, _ in adapters:

@@ -26,8 +26,12 @@ _APART = {
 _COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit", "-4bit", "-8bit", "-bf16", "-fp16", "-mlx", "-gptq")
 
 
-def aligned(adapters: Sequence[Adapter], base: Base | None) -> list[Adapter]:
+def aligned(
+    adapters: Sequence[Adapter], base: Base | None, naming: str | None = None
+) -> list[Adapter]:
     """The adapters with transformers' names, or all with mlx-lm's where no base was given.
+
+    ``naming``: whose names to have; mlx-lm's only where all have them already.
 
     Raises Refused for what is no low-rank update, and where they were made for different bases.
     """
@@ -35,9 +39,9 @@ def aligned(adapters: Sequence[Adapter], base: Base | None) -> list[Adapter]:
         _check(adapter)
     _check_same_base(adapters, base)
     if base is not None:
-        return [neutral(a, base) for a in adapters]
+        return [neutral(a, base, naming=naming or "hf") for a in adapters]
     adapters = [undo(a, None, None) for a in adapters]
-    if len({a.naming for a in adapters}) == 1:
+    if naming == "mlx" or (naming is None and len({a.naming for a in adapters}) == 1):
         return adapters
     return [_in_hf(a) for a in adapters]
 

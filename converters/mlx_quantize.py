@@ -3,7 +3,8 @@
 The rules are those of mlx 0.32.4's ``mx.quantize`` and ``mx.dequantize`` (mode affine), whose bits the
 tests compare: the edge of the larger magnitude is hit exactly, the quotient is taken with the scale
 and bias in float32, and both are stored in the weight's dtype. ``optimal`` keeps the format and
-searches scale and bias for the least squared error of what will be read back.
+searches scale and bias for the least squared error of what will be read back, weighted by input
+channel where ``importance`` says what errors count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.converters.coded import typed
+from loraduct.converters.palettize import per_axis
 from loraduct.errors import Refused
 from loraduct.packing import packed, unpacked
 
@@ -43,10 +45,12 @@ def quantize(
     *,
     mode: str = "mlx",
     bf16: bool = False,
+    importance: Any = None,
     name: str | None = None,
 ) -> Packed:
     """A tensor (..., in) of float16, bfloat16 or float32 (uint16 codes as ``bf16`` says), packed.
 
+    ``importance`` (in,): what squared errors count in the search of mode optimal.
     Raises Refused for NaN, Inf, other widths and groups, and where ``group`` doesn't divide in.
     """
     import numpy as np
@@ -56,6 +60,8 @@ def quantize(
     groups = stored.reshape(-1, group)
     codes = np.empty(groups.shape, np.uint8)
     scales, biases = (np.empty(len(groups), stored.dtype) for _ in range(2))
+    along = per_axis((1, weight.shape[-1]), importance, name)
+    counts = None if along is None else along[1].reshape(-1, group)  # of groups, again for each row
     step = max(1, _ROWS // group)
     for at in range(0, len(groups), step):
         part = slice(at, at + step)
@@ -66,7 +72,10 @@ def quantize(
         codes[part] = _codes(wide, scale, bias, bits)
         scales[part], biases[part] = scale.astype(stored.dtype), bias.astype(stored.dtype)
         if mode == "optimal":
-            _search(wide, bits, codes[part], scales[part], biases[part])
+            each = None
+            if counts is not None:
+                each = counts[np.arange(at, at + len(wide)) % len(counts)]
+            _search(wide, bits, codes[part], scales[part], biases[part], each)
     rows = weight.shape[:-1]
     return Packed(
         packed(codes, bits).view("<u4").reshape(*rows, -1),
@@ -118,13 +127,16 @@ def _codes(wide: Any, scale: Any, bias: Any, bits: int) -> Any:
     return np.clip(steps, 0, (1 << bits) - 1).astype(np.uint8)
 
 
-def _search(wide: Any, bits: int, codes: Any, scales: Any, biases: Any) -> None:
-    """Replace codes, scales and biases in place, group by group, wherever the error gets less."""
+def _search(wide: Any, bits: int, codes: Any, scales: Any, biases: Any, counts: Any) -> None:
+    """Replace codes, scales and biases in place, group by group, wherever the error gets less.
+
+    ``counts``: what each square counts, as ``wide``; None: all the same.
+    """
     import numpy as np
 
     def error(codes: Any, scales: Any, biases: Any) -> Any:
         gap = _read_back(codes, scales, biases).astype(np.float64) - wide
-        return np.einsum("ij,ij->i", gap, gap)
+        return np.einsum("ij,ij->i", gap, gap if counts is None else gap * counts)
 
     kind, least = scales.dtype, error(codes, scales, biases)
     low, high = wide.min(1), wide.max(1)
@@ -140,19 +152,34 @@ def _search(wide: Any, bits: int, codes: Any, scales: Any, biases: Any) -> None:
             better = now < least  # never where something is Inf or NaN
             least[better] = now[better]
             codes[better], scales[better], biases[better] = q[better], s[better], b[better]
-            scale, bias = _regression(wide, q, scale)
+            scale, bias = _regression(wide, q, scale, counts)
 
 
-def _regression(wide: Any, codes: Any, scale: Any) -> tuple[Any, Any]:
+def _regression(wide: Any, codes: Any, scale: Any, counts: Any) -> tuple[Any, Any]:
     """The scale and bias that fit codes best; the scale stays where all codes are one."""
     import numpy as np
 
     q = codes.astype(np.float32)
+    if counts is not None:
+        return _weighted(wide, q, scale, counts)
     centre, mean = q.mean(1), wide.mean(1)
     q -= centre[:, None]
     spread = np.einsum("ij,ij->i", q, q)
     fitted = np.divide(np.einsum("ij,ij->i", q, wide), spread, out=scale.copy(), where=spread > 0)
     return fitted, mean - fitted * centre
+
+
+def _weighted(wide: Any, q: Any, scale: Any, counts: Any) -> tuple[Any, Any]:
+    """`_regression` of squares that count; in float64, for they may count very differently."""
+    import numpy as np
+
+    share = counts / counts.sum(1, keepdims=True)
+    centre, mean = (np.einsum("ij,ij->i", share, x)[:, None] for x in (q, wide))
+    q, gap = q - centre, wide - mean
+    spread = np.einsum("ij,ij,ij->i", share, q, q)
+    top = np.einsum("ij,ij,ij->i", share, q, gap)
+    fitted = np.divide(top, spread, out=scale.astype(np.float64), where=spread > 1e-12)
+    return fitted.astype(np.float32), (mean[:, 0] - fitted * centre[:, 0]).astype(np.float32)
 
 
 def _check(weight: Any, bits: int, group: int, mode: str, name: str | None) -> None:

@@ -20,8 +20,8 @@ from loraduct.account import Account
 from loraduct.adapter import Adapter
 from loraduct.converters.coreml_adapter import Store, place, swap_of
 from loraduct.converters.neutral import neutral
+from loraduct.converters.start import check_unmoved
 from loraduct.errors import Refused
-from loraduct.formats import peft_config
 from loraduct.formats import read as read_adapter
 from loraduct.formats.coreml import edit, record
 from loraduct.formats.coreml.blob import Layout, header
@@ -277,10 +277,7 @@ def _resolved(
         return _Part(source, weight, parts, swaps, row)
     label = f"{name}_{k + 1}" if stacked else name
     adapter = member.adapter or read_adapter(Path(source), options)
-    if adapter.format == "peft" and peft_config.moves_base(adapter.config):
-        way = peft_config.began(adapter.config)
-        what = f"{way}: training moved the base; convert it first (--initial, or --base for KaSA)"
-        raise Refused(adapter.path, what)
+    check_unmoved(adapter)
     placed = place(neutral(adapter, base), base, store)
     placed.account.notes += [n.text for n in adapter.notes]
     report.accounts[label] = placed.account

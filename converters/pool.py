@@ -395,8 +395,5 @@ def _guarded(model: Any, turn: Any) -> list[Any]:
     def enter(*_: object) -> None:
         turn.acquire()
 
-    def leave(*_: object) -> None:
-        turn.release()
-
     before = model.register_forward_pre_hook(enter, prepend=True)
-    return [before, model.register_forward_hook(leave, always_call=True)]
+    return [before, model.register_forward_hook(lambda *_: turn.release(), always_call=True)]

@@ -4,6 +4,7 @@ One scale for the tensor, for each channel, or for each block of input channels 
 (``constexpr_blockwise_shift_scale`` of iOS18; ``constexpr_affine_dequantize`` of iOS16 where 8 bits
 have one scale or one per channel; coremltools 9.0). Scales cover the range, or are searched for the
 least squared error: ranges shrunk step by step, each followed by least-squares fits of the scale.
+Squared errors may be weighted by input channel, as those of tables are (`palettize`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loraduct.converters.coded import coded, typed
+from loraduct.converters.coded import Weights, coded, typed
+from loraduct.converters.palettize import per_axis
 from loraduct.errors import Refused
 
 SCALES = {"float16": "FLOAT16", "float32": "FLOAT32"}
 GRANULARITIES = ("tensor", "channel", "block")
 _COARSE = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)  # parts of the range
+_LOW = (0.16, 0.1, 0.06, 0.04, 0.025, 0.015)  # more, where the largest numbers may count little
 _FINE = (1.1, 1.05, 1.025, 1.01, 0.99, 0.975, 0.95, 0.9)  # of the best of them
 _FITS = 1  # least-squares fits of the scale, from each
 _NUMBERS = 1 << 18  # at once
@@ -42,7 +45,7 @@ class Options:
 class Linear:
     """``data`` (int8 or uint8, the tensor's shape); ``scale`` and ``offset`` (or None) have its rank,
     and as many entries along each axis as there are blocks. ``error``: the sum of squared errors of
-    what is read back; ``norm``: of squares of the numbers."""
+    what is read back; ``norm``: of squares of the numbers. Both as they count."""
 
     data: Any
     scale: Any
@@ -52,20 +55,26 @@ class Linear:
     norm: float = 0.0
 
 
-def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linear:
+def quantize(
+    weight: Any, options: Options, *, importance: Any = None, name: str | None = None
+) -> Linear:
     """The tensor (float16, float32, bfloat16 or uint16 codes) in integers.
 
-    Symmetric data have offset 0 (signed: none is stored) or 2^(bits - 1). Raises Refused, naming
-    ``name``, for NaN, Inf, empty tensors, scalars, blocks that don't divide, scales beyond their dtype.
+    ``importance`` (shape[1],): what squared errors count, per input channel. Symmetric data have offset
+    0 (signed: none is stored) or 2^(bits - 1). Raises Refused, naming ``name``, for NaN, Inf, empty
+    tensors, scalars, blocks that don't divide, scales beyond their dtype.
     """
     import numpy as np
 
     _check(tuple(weight.shape), options, name)
+    weights = _weights(tuple(weight.shape), options, importance, name)
     rows, scales_shape, back = _rows(typed(weight, bf16=options.bf16, name=name), options)
     scale, offset = np.empty(len(rows)), np.empty(len(rows))
     if options.granularity == "tensor":
-        code = coded(weight, bf16=options.bf16, name=name)  # a range is searched on the histogram
-        scale[:], offset[:] = _fit(code.values[None], code.counts[None], options, name)
+        # a range is searched on the histogram
+        code = coded(weight, bf16=options.bf16, weights=weights, name=name)
+        counts, parts = code.counts[None], _COARSE if weights is None else (*_COARSE, *_LOW)
+        scale[:], offset[:] = _fit(code.values[None], counts, parts, options, name)
     else:
         step = max(1, _NUMBERS // rows.shape[1])
         for at in range(0, len(rows), step):
@@ -73,7 +82,9 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
             wide = rows[part].astype(np.float32)  # ranks the tries; what is stored is in float64
             if not np.isfinite(wide).all():
                 raise Refused(None, "holds NaN or Inf; nothing was compressed", tensor=name)
-            scale[part], offset[part] = _fit(wide, None, options, name)
+            counts = _counts(weights, at * rows.shape[1], wide)
+            parts = _COARSE if counts is None else (*_COARSE, *_LOW)
+            scale[part], offset[part] = _fit(wide, counts, parts, options, name)
     shift = 0 if options.signed else 1 << (options.bits - 1)
     kind, store = np.dtype(options.scale), np.int8 if options.signed else np.uint8
     (low, high), data, error, norm = limits(options), np.empty(rows.shape, store), 0.0, 0.0
@@ -90,8 +101,9 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
             codes = steps + z
             data[cell] = codes + shift
             gap = wide - ((codes - z).astype(kind) * s.astype(kind)).astype(np.float64)
-            error += float((gap * gap).sum())
-            norm += float((wide * wide).sum())
+            counts = _counts(weights, at * rows.shape[1] + inner, wide)
+            error += _square(gap, counts)
+            norm += _square(wide, counts)
     offsets = None
     if not (options.signed and options.symmetric):
         offsets = (offset + shift).astype(store).reshape(scales_shape)
@@ -103,6 +115,28 @@ def quantize(weight: Any, options: Options, *, name: str | None = None) -> Linea
         error,
         norm,
     )
+
+
+def _weights(
+    shape: tuple[int, ...], options: Options, importance: Any, name: str | None
+) -> Weights | None:
+    """What squared errors count, for the tensor in the order of `_rows`."""
+    along = per_axis(shape, importance, name)
+    axis = options.axis if options.granularity == "channel" else 0
+    return None if along is None else Weights.of_axes(along, axis)
+
+
+def _counts(weights: Weights | None, at: int, cell: Any) -> Any:
+    """The same of so many numbers from ``at`` on, in the shape and dtype of ``cell``."""
+    if weights is None:
+        return None
+    return weights.of(slice(at, at + cell.size)).astype(cell.dtype).reshape(cell.shape)
+
+
+def _square(values: Any, counts: Any) -> float:
+    """The sum of squares, as they count."""
+    squares = values * values
+    return float((squares if counts is None else squares * counts).sum())
 
 
 def limits(options: Options) -> tuple[int, int]:
@@ -137,8 +171,13 @@ def _rows(stored: Any, options: Options) -> tuple[Any, tuple[int, ...], Any]:
     )
 
 
-def _fit(rows: Any, counts: Any, options: Options, name: str | None) -> tuple[Any, Any]:
-    """Scale (as it is stored) and offset of each row (groups, n), float64."""
+def _fit(
+    rows: Any, counts: Any, parts: tuple[float, ...], options: Options, name: str | None
+) -> tuple[Any, Any]:
+    """Scale (as it is stored) and offset of each row (groups, n), float64.
+
+    ``parts`` of the range are tried, then some around the best of them.
+    """
     import numpy as np
 
     low, high = limits(options)
@@ -160,7 +199,7 @@ def _fit(rows: Any, counts: Any, options: Options, name: str | None) -> tuple[An
         return best
     least = _error(rows, counts, *best, low, high)[0]
     part = np.ones(len(rows))
-    for factors in (_COARSE, _FINE):
+    for factors in (parts, _FINE):
         centre = part.copy()
         for factor in factors:
             scale, zero = start(centre * factor)

@@ -34,14 +34,22 @@ _FIELDS = {"label": str, "format": str, "naming": str, "config": dict, "modules"
 _MADE = ("kasa_config", "use_qalora", "use_bdlora")
 
 
-def stack(adapters: Sequence[Adapter], base: Base | None = None) -> Merged:
-    """One adapter that does what all do together. Raises Refused for what can't be taken apart."""
+def stack(adapters: Sequence[Adapter], base: Base | None = None, to: str = "peft") -> Merged:
+    """One adapter that does what all do together. Raises Refused for what can't be taken apart.
+
+    ``to``: the format it is for. It has that side's names where all adapters have them, so that what
+    is one module there and two elsewhere (experts, tied embeddings) is not taken apart and joined.
+    """
     for adapter in adapters:
         _check(adapter)
-    named = aligned(adapters, base)
+    own = to == "mlx" and all(a.naming == "mlx" for a in adapters)
+    named = aligned(adapters, base, "mlx" if own else "hf")
     for old, new in zip(adapters, named, strict=True):
         if len(old.low_rank) != len(new.low_rank):
-            what = "has other modules in transformers than in mlx-lm: convert it to PEFT first"
+            what = (
+                "has other modules in transformers than in mlx-lm: stack MLX adapters alone, with --to"
+                " mlx, or convert it to PEFT first"
+            )
             raise Refused(old.path, what)
     labels = labels_of(named)
     scales = Counter(u.scale for a in named for u in a.low_rank.values() if u.scale)

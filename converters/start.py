@@ -30,6 +30,14 @@ def can_stay(adapter: Adapter) -> bool:
     return adapter.config.get("kasa_config") is None
 
 
+def check_unmoved(adapter: Adapter) -> None:
+    """Raise Refused for factors that are relative to a base which training moved first."""
+    if adapter.format == "peft" and peft_config.moves_base(adapter.config):
+        way = peft_config.began(adapter.config)
+        what = f"{way}: training moved the base; convert it first (--initial, or --base for KaSA)"
+        raise Refused(adapter.path, what)
+
+
 def undo(adapter: Adapter, initial: Adapter | None, base: Base | None) -> Adapter:
     """``adapter`` relative to the base as it was; unchanged if training didn't move the base.
 

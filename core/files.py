@@ -257,6 +257,13 @@ def make_folder(path: Path) -> None:
     os.mkdir(path)
 
 
+def lift(folder: Path) -> None:
+    """Put what a folder within one that is being written holds into that one, in its place."""
+    for entry in folder.iterdir():
+        os.rename(entry, folder.parent / entry.name)
+    os.rmdir(folder)
+
+
 def write_file(path: Path, chunks: Iterable[Any]) -> None:
     """A new file from pieces of bytes or contiguous arrays, synced."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)

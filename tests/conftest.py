@@ -25,6 +25,35 @@ def repo() -> Path:
     return REPO
 
 
+SLOW = ("latency", "swap")  # suites that run models for seconds, which few tests are about
+
+
+@pytest.fixture
+def every_suite() -> None:
+    """For tests in which ``validate`` without --suite does all that it can, as for users."""
+
+
+@pytest.fixture(autouse=True)
+def usual_suites(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``validate`` without --suite leaves out the slow suites, unless a gate or option needs them."""
+    if "every_suite" in request.fixturenames:
+        return
+    from loraduct.validation import suites
+    from loraduct.validation.thresholds import THRESHOLDS
+
+    run = suites._one
+
+    def one(name: str, context: suites.Context) -> suites.Suite:
+        gates = {g for g, t in THRESHOLDS.items() if t.suite == name}
+        needed = name in context.wanted or gates & context.given
+        needed = needed or (name == "swap" and context.beside)
+        if name not in SLOW or needed:
+            return run(name, context)
+        return suites.Suite(name, "skipped", "left out in tests")
+
+    monkeypatch.setattr(suites, "_one", one)
+
+
 @pytest.fixture
 def cli() -> Callable[..., Any]:
     """Run the command line in this process: ``cli("inspect", path)`` gives click's Result."""

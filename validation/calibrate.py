@@ -4,19 +4,18 @@ The second moments of a layer's inputs, E[x_j^2] per input channel, are what err
 count: a change dW of its weights moves its outputs by E|dW x|^2 = sum_j E[x_j^2] |dW_j|^2 where inputs
 are not correlated (the diagonal of the Hessian of Optimal Brain Surgeon and GPTQ, arXiv:2210.17323).
 
-Packages are run by the reference interpreter, bases' folders by stock transformers.
+Packages are run by the reference interpreter, bases' folders by stock transformers (`calibrate_base`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loraduct.errors import MissingExtra, Refused
-from loraduct.formats.base import Base
+from loraduct.errors import Refused
 from loraduct.formats.coreml.package import Package
 from loraduct.text import printable
 from loraduct.validation import coreml, mil, runtimes
@@ -92,6 +91,35 @@ def _limited(rows: Tokens, most: int, context: int) -> list[list[int]]:
     return found
 
 
+class Runs(Protocol):
+    """A model on some tokens."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The weights that can be changed."""
+
+    def logits(self, ids: Tokens) -> list[Any]:
+        """(tokens, vocabulary) of each row."""
+
+    def changed(self, values: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """With other values in weights, by name."""
+
+
+def probe(runner: Runs, ids: Tokens) -> Callable[[Mapping[str, Any]], float | None]:
+    """What the predictions lose when weights are changed: values by name -> mean KL, in nats; None where
+    the model has no such weight."""
+    few = _limited(ids, PROBED, PROBED)
+    exact = [log_softmax(x) for x in runner.logits(few)]
+
+    def loss(values: Mapping[str, Any]) -> float | None:
+        if not values.keys() <= runner.names:
+            return None
+        with runner.changed(values):
+            return log_divergence(exact, [log_softmax(x) for x in runner.logits(few)])
+
+    return loss
+
+
 # -- packages --------------------------------------------------------------------------------------
 
 
@@ -130,6 +158,11 @@ class Runner:
             if step.name == coreml.LOGITS and step.outputs[0].shape:
                 return step.outputs[0].shape[-1]
         return None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The constants of the base's function."""
+        return frozenset(_constants(self.session()))
 
     def logits(self, ids: Tokens, name: str | None = None) -> list[Any]:
         """(tokens, vocabulary) of each row."""
@@ -197,22 +230,6 @@ def _moments(runner: Runner, ids: Tokens, name: str | None) -> dict[str, Any]:
     return {n: total / counts[n] for n, total in sums.items()}
 
 
-def probe(runner: Runner, ids: Tokens) -> Callable[[Mapping[str, Any]], float | None]:
-    """What the predictions lose when the base's weights are changed: values by name -> mean KL, in
-    nats; None where its function has no such weight."""
-    few = _limited(ids, PROBED, PROBED)
-    exact = [log_softmax(x) for x in runner.logits(few)]
-    known = _constants(runner.session())
-
-    def loss(values: Mapping[str, Any]) -> float | None:
-        if not values.keys() <= known.keys():
-            return None
-        with runner.changed(values):
-            return log_divergence(exact, [log_softmax(x) for x in runner.logits(few)])
-
-    return loss
-
-
 def _constants(session: coreml.Session) -> dict[str, Any]:
     """The constants that its operations are given, by name."""
     found = {}
@@ -235,46 +252,6 @@ def _zeros(session: coreml.Session) -> dict[str, Any]:
         for n, o in program.inputs.items()
         if n not in usual
     }
-
-
-# -- bases -----------------------------------------------------------------------------------------
-
-
-def of_base(base: Base, ids: Tokens) -> dict[str, Any]:
-    """`second_moments` of a base's folder, by transformers in float32; names are its parameters'.
-
-    A tied embedding gets those of the head. Raises MissingExtra, Refused.
-    """
-    import numpy as np
-
-    with runtimes.quiet():
-        try:
-            import torch
-
-            model = runtimes.torch_model(base)
-        except ImportError as e:
-            raise MissingExtra("torch", f"running the base ({e.name})") from None
-        except Exception as e:  # whatever the library raises
-            what = printable(f"{type(e).__name__}: {e}", 300)
-            raise Refused(base.path, f"transformers does not load it: {what}") from None
-    owners = {id(p): n for n, p in model.named_parameters()}
-    sums: dict[str, Any] = {}
-    count = sum(map(len, ids))
-
-    def hook(module: Any, given: Any, result: Any) -> None:
-        x = given[0].reshape(-1, given[0].shape[-1]).double()
-        name = owners[id(module.weight)]
-        sums[name] = sums.get(name, 0.0) + (x * x).sum(0).numpy()
-
-    hooks = [
-        m.register_forward_hook(hook) for m in model.modules() if isinstance(m, torch.nn.Linear)
-    ]
-    with torch.inference_mode():
-        for row in ids:
-            model(torch.tensor([list(row)]))
-    for one in hooks:
-        one.remove()
-    return {n: np.asarray(total) / count for n, total in sums.items()}
 
 
 # -- what it does to the model ---------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """What is stored in few bits, and how far that may move what is compared.
 
 A package's record names the way its parts were compressed (``lut4``: tables of 16 entries), a packed
-adapter its file's; tables and scales are then the yardstick. Of a base's weights, and of factors that
-were not turned, each value must be the nearest one that its table has. Where factors were turned, dW may
-be off by what rounding to their tables does. Values without that declaration get no allowance.
+adapter its file's; tables and scales are then the yardstick. Of a base's weights, and of factors in
+whichever of their forms, each value must be the nearest one that its table has; dW may then be off by what
+rounding to these tables does. Values without that declaration get no allowance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,15 @@ from loraduct.formats.coded import Code, Decoded, recoded
 from loraduct.tensor import Tensor, as_float32
 from loraduct.validation import runtimes
 from loraduct.validation.checks import Check
+from loraduct.validation.forms import candidates
 
 BASE, ADAPTER = "base", "adapter"
 # of the rounding that is expected; tables are fitted to tails, of which gaps say less (measured: 0.7 to
 # 1.3 times the expected, at 2 to 8 bits)
 FACTOR = 2.0
 _ROUNDED = 3 * 2.0**-11  # of an entry: it, its scale and the boundary between two were rounded
+_SMALLEST = 2.0**-24  # and FLOAT16 has no finer steps
+MATRICES = ("linear", "embedding", "weight", "parameter")  # layouts of factors that are matrices
 _LOOKED_UP = 1 << 17  # more values of one table: every float16 is looked up once instead
 
 
@@ -39,6 +42,8 @@ def check(adapter: Adapter, base: Base) -> list[Check]:
     """A package's compressed weights against the base's, and whether its record tells of all."""
     if adapter.format != "coreml":
         return []
+    import numpy as np
+
     from loraduct.formats.coreml.stored import PackageBase
 
     found = _record(adapter)
@@ -57,7 +62,8 @@ def check(adapter: Adapter, base: Base) -> list[Check]:
         if weight is None or weight.shape != code.codes.shape:
             continue
         count += 1
-        if what := _misplaced(code, weight):
+        source = as_float32(weight.raw(), weight.dtype).astype(np.float16)
+        if what := _misplaced(code, source):
             return [Check("codes", "failed", what, name)]
     if not count:
         return []
@@ -90,7 +96,7 @@ def tolerance(*updates: LowRank) -> float:
     worst = 0.0
     for u in updates:
         codes = _code(u.a), _code(u.b)
-        if not any(codes) or u.layout not in ("linear", "embedding"):
+        if not any(codes) or u.layout not in MATRICES:
             continue
         a, b = (t.read(finite=False).astype(np.float64) for t in (u.a, u.b))
         lost = [
@@ -103,23 +109,72 @@ def tolerance(*updates: LowRank) -> float:
     return worst
 
 
-def unturned(adapter: Adapter) -> frozenset[str]:
-    """The modules of a package whose factors were compressed as they were, value by value."""
-    if ADAPTER not in declared(adapter):
-        return frozenset()
-    rows = _record(adapter)["adapters"][adapter.name]["modules"]
-    return frozenset(m for m, row in rows.items() if not row.get("sums"))
-
-
 def misplaced(first: LowRank, second: LowRank) -> str | None:
-    """What is wrong with the codes of ``second``, whose factors were compressed as they were."""
-    for leaf, one, two in (("lora_A", first.a, second.a), ("lora_B", first.b, second.b)):
-        code = _code(two)
-        if code is None or one.shape != two.shape:
+    """What is wrong with the codes of ``second``'s factors: those of ``first``, in one of its forms.
+
+    In one and the same form every value of both factors must be its table's nearest; a scale that
+    differs must be made up for by b. None where it is so, and where nothing is in few bits.
+    """
+    import numpy as np
+
+    codes = _code(second.a), _code(second.b)
+    if not any(codes) or second.layout not in MATRICES or first.shape != second.shape:
+        return None
+    if _pieced(second.a) or _pieced(second.b):
+        return None  # put together of several, whose tables are not known any more
+    a, b = (t.read(finite=False).astype(np.float64) for t in (first.a, first.b))
+    found = None
+    for _, one, two in candidates(a, b, second.a.read(finite=False)):
+        two = two * (first.scale / second.scale) if second.scale else two
+        wrong = _wrong(codes, (second.a, second.b), (one, two))
+        if wrong is None:
+            return None
+        found = found or wrong  # of the plain form
+    return found
+
+
+def _wrong(
+    codes: Sequence[Code | None], held: Sequence[Tensor], wanted: Sequence[Any]
+) -> str | None:
+    """What is wrong with a pair's codes if ``wanted`` was compressed; a plain factor is not looked at."""
+    for leaf, code, tensor, values in zip(("lora_A", "lora_B"), codes, held, wanted, strict=True):
+        if code is None:
             continue
-        if what := _misplaced(code if two.factor == 1 else code.times(two.factor), one):
+        if what := _misplaced(code if tensor.factor == 1 else code.times(tensor.factor), values):
             return f"{leaf}: {what}"
     return None
+
+
+def _pieced(tensor: Tensor) -> bool:
+    return tensor.make is not None and not isinstance(tensor.make, Decoded)
+
+
+def in_few_bits(u: LowRank) -> bool:
+    """Whether a factor of it is."""
+    return any(_code(t) is not None for t in (u.a, u.b))
+
+
+def compressed(adapter: Adapter, base: Base) -> dict[str, Tensor]:
+    """The compressed weights of a package's base, decoded, by the names of the base's own tensors."""
+    from loraduct.formats.coreml.stored import PackageBase
+
+    held = PackageBase(runtimes.package_at(adapter.path), _record(adapter))
+    found = {}
+    for name, tensor in held.tensors.items():
+        own = base.weight_of(name) if tensor.make is not None else None
+        if own is not None and own.shape == tensor.shape:
+            found[own.name] = tensor
+    return found
+
+
+def inverse_norms(adapter: Adapter, module: str) -> Any:
+    """1 / ||W + dW|| of a package's DoRA, (out,) float64; None where there is none."""
+    from loraduct.formats.coreml.stored import parts_of, tensor_of
+
+    package = runtimes.package_at(adapter.path)
+    parts, _ = parts_of(package, _record(adapter), adapter.name or "")
+    blob = parts[module].inverse if module in parts else None
+    return None if blob is None else tensor_of(package, blob, module).read().astype("float64")
 
 
 def _code(tensor: Tensor) -> Code | None:
@@ -152,17 +207,19 @@ def _spread(code: Code) -> Any:
     return replace(code, numbers=squares).values()
 
 
-def _misplaced(code: Code, weight: Tensor) -> str | None:
-    """Which values are not the nearest that their tables (or scales) have, in words."""
+def _misplaced(code: Code, source: Any) -> str | None:
+    """Which values are not the nearest that their tables (or scales) have, in words.
+
+    ``source``: the matrix, float16 or wider.
+    """
     import numpy as np
 
-    source = as_float32(weight.raw(), weight.dtype).astype(np.float16)
     wrong, at = 0, None
     for rows, columns, entries in _blocks(code):
         part = source[rows, columns]
         given = entries[code.codes[rows, columns]]
         best = _nearest(entries, part)
-        slack = _ROUNDED * (np.abs(given) + np.abs(best))
+        slack = _ROUNDED * (np.abs(given) + np.abs(best)) + _SMALLEST
         off = np.abs(part - given) > np.abs(part - best) + slack
         if off.any():
             wrong += int(off.sum())
@@ -197,7 +254,7 @@ def _nearest(entries: Any, values: Any) -> Any:
 
     ordered = np.sort(entries)
     middles = (ordered[1:] + ordered[:-1]) / 2
-    if values.size < _LOOKED_UP:
+    if values.dtype != np.float16 or values.size < _LOOKED_UP:
         return ordered[np.searchsorted(middles, values.astype(np.float32))]
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     return ordered[np.searchsorted(middles, every)][values.view(np.uint16)]

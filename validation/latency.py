@@ -280,19 +280,17 @@ def _cpu() -> str:
 # -- the suite of ``loraduct validate`` -------------------------------------------------------------
 
 CONTEXT, GENERATE, SUITE_ROUNDS = 128, 16, 2
-SLOW_CONTEXT, SLOW_GENERATE = 32, 4  # where MLX has only its CPU backend, a second for ten tokens
+SLOW_CONTEXT, SLOW_GENERATE = 16, 4  # where MLX has only its CPU backend, a second for ten tokens
 
 
 def run(context: Context) -> Suite:
     """What ships, and its source, measured here where that is possible, and forecast for all devices.
 
-    Raises CannotRun unless it was asked for by name, or a gate needs it: it takes seconds.
+    Raises MissingExtra without the runtime.
     """
-    from loraduct.validation import gates, latency_targets, suites
+    from loraduct.validation import latency_targets, suites
     from loraduct.validation.checks import Check
 
-    if "latency" not in context.wanted and not context.given & gates.FIELDS.keys():
-        raise suites.CannotRun("takes a while: ask for it with --suite latency, or set a gate")
     targets, checks = [], []
     ships = False  # whether the last target is what ships
     for label, adapter in zip("AB", context.adapters, strict=False):
@@ -305,11 +303,16 @@ def run(context: Context) -> Suite:
     slow = platform.system() != "Darwin" and any(t.runtime == "mlx" for t in targets)
     tokens = int(context.options.get("context") or (SLOW_CONTEXT if slow else CONTEXT))
     generate = int(context.options.get("generate") or (SLOW_GENERATE if slow else GENERATE))
+    # a model for less is measured with less
+    most = min((t.most for t in targets if t.most), default=tokens + generate)
+    generate = max(1, min(generate, most // 4))
+    tokens = max(1, min(tokens, most - generate))
     done: list[Measured] = []
     ratios: list[Ratio] = []
     if targets:
         try:
-            done, ratios = measure(targets, [tokens], generate, SUITE_ROUNDS)
+            progress = context.runs.progress
+            done, ratios = measure(targets, [tokens], generate, SUITE_ROUNDS, progress)
         except RuntimeFailed as e:
             checks.append(Check("latency", "failed", str(e)))
     for m in done:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loraduct.adapter import Adapter, LowRank
+from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.formats.base import Base
 from loraduct.modules import block_of
 from loraduct.text import printable
-from loraduct.validation import half, jiggle, runtimes
+from loraduct.validation import as_stored, half, runtimes
 from loraduct.validation.align import NameMap, aligned
 from loraduct.validation.base_model import rope_trap
 from loraduct.validation.checks import Check
@@ -20,12 +20,13 @@ from loraduct.validation.declared import (
     explains,
     misplaced,
     tolerance,
-    unturned,
 )
 from loraduct.validation.delta import BOUNDS, EQUAL, Delta, compare
-from loraduct.validation.logits import by_position, finite, kl, largest, per_position, top1
+from loraduct.validation.logits import finite, kl, largest
 from loraduct.validation.moved import as_they_are
 from loraduct.validation.runs import Runs
+from loraduct.validation.runtimes import Run
+from loraduct.validation.sides import Sides
 from loraduct.validation.suites import CannotRun, Context, Suite, suite
 
 SAME_RUNTIME = 1e-4  # largest logit difference within one runtime
@@ -41,6 +42,9 @@ ONE_COMPRESSED = (
 )
 
 
+NORMS = "1 / ||W + dW||, which the package stores for DoRA, is neither the base's nor its compressed base's"
+
+
 @dataclass
 class Parity:
     """What was measured, and the checks drawn from it."""
@@ -51,6 +55,7 @@ class Parity:
     numbers: dict[str, Any] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     loose: float = 0.0  # how far dW may be off where factors were compressed, at most
+    pairs: dict[str, tuple[Update, Update]] = field(default_factory=dict)  # by common names
 
     @property
     def compared(self) -> list[Delta]:
@@ -118,21 +123,19 @@ def _modules(
         where = "second" if name in one else "first"
         parity.add("modules", "failed", f"is not in the {where} adapter", name)
     shared = sorted(one.keys() & two.keys(), key=_order)
-    plain = unturned(second)
     for n in shared:
         a, b = one[n], two[n]
+        parity.pairs[n] = a, b
         delta = compare(n, a, b, base)
-        if isinstance(a, LowRank) and isinstance(b, LowRank):
-            delta = _loosened(delta, a, b, parity, plain=n in plain)
+        if isinstance(a, LowRank) and isinstance(b, LowRank) and not delta.error <= EQUAL:
+            delta = _loosened(delta, a, b, parity)
         parity.deltas.append(replace(delta, rank=getattr(a, "rank", None)))
     _judge(parity)
 
 
-def _loosened(
-    delta: Delta, first: LowRank, second: LowRank, parity: Parity, *, plain: bool
-) -> Delta:
+def _loosened(delta: Delta, first: LowRank, second: LowRank, parity: Parity) -> Delta:
     """With the bounds that a declared compression of the factors needs."""
-    if plain and (what := misplaced(first, second)):
+    if what := misplaced(first, second):
         return replace(delta, bound=0.0, note=what)
     loose = tolerance(first, second)
     parity.loose = max(parity.loose, loose)
@@ -203,24 +206,23 @@ def _logits(
         return
     if packed and not _compressed_base(packed, [run.logits for run in bare], parity):
         return
-    if across and not packed and not _base_agrees(base, base_off, bare[0].logits, parity):
+    if across and not packed and not _base_agrees(base, bare, parity):
         return
     done = [runs.adapted(a).run for a in adapters]
     if runs.tokenizer is not None:
         shown = {"base": bare[0], "first": done[0], "second": done[1]}
         parity.text = {name: runs.tokenizer.decode(run.greedy) for name, run in shown.items()}
-    effect = largest(bare[0].logits, done[0].logits)
-    allowed = _allowed(adapters, parity)
-    if across:
-        bound = max(BASE_FACTOR * base_off, max(EFFECT_FACTOR, allowed) * effect)
-    else:
-        bound = max(SAME_RUNTIME, allowed * effect)
-    if largest(done[0].logits, done[1].logits) > bound:
-        bound = max(bound, _shaken(adapters[0], kinds[0], runs, done[0].logits, parity))
-    parity.numbers |= _measured(done, bound) | {"bound": bound, "effect": effect}
+    sides = Sides(bare, done, _allowed(adapters, parity.compared, parity))
+    beyond = not sides.off <= _bound(sides, across=across)
+    if packed or parity.loose or (beyond and _only_rounded(parity)):
+        again = _restated(adapters, runs, sides, parity)
+        if again is not None and across and not _base_agrees(base, again.bare, parity):
+            return
+        sides = again or sides
+    parity.numbers |= sides.measured(_bound(sides, across=across))
     broken = [
         f"{label} computes NaN or Inf in {kind}"
-        for label, kind, run in zip("AB", kinds, done, strict=True)
+        for label, kind, run in zip("AB", kinds, sides.done, strict=True)
         if not finite(run.logits)
     ]
     if broken:
@@ -230,10 +232,18 @@ def _logits(
     _judge_logits(" / ".join(dict.fromkeys(kinds)), parity)
     for adapter in adapters:
         if adapter.format == "coreml":
-            half.check(adapter, ids, done[0].logits, parity.add, parity.numbers)
+            half.check(adapter, ids, sides.done[0].logits, parity.add, parity.numbers)
 
 
-def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
+def _bound(sides: Sides, *, across: bool) -> float:
+    """Of the logits' difference."""
+    if not across:
+        return max(SAME_RUNTIME, sides.allowed * sides.effect)
+    of_effect = max(EFFECT_FACTOR, sides.allowed) * sides.effect
+    return max(BASE_FACTOR * sides.base_off, of_effect)
+
+
+def _allowed(adapters: Sequence[Adapter], deltas: Sequence[Delta], parity: Parity) -> float:
     """How much of its effect an adapter may lose to a rounding that was measured in dW.
 
     A change of scale is no rounding and gets nothing; nor does what exact storage can't lose.
@@ -241,48 +251,53 @@ def _allowed(adapters: Sequence[Adapter], parity: Parity) -> float:
     dtypes = {t.dtype for a in adapters for u in a.updates.values() for t in u.tensors}
     coarsest = max((BOUNDS.get(d, 0.0) for d in dtypes), default=0.0)
     coarsest = max(coarsest, parity.loose)
-    measured = max((d.rounding for d in parity.compared), default=0.0)
+    measured = max((d.rounding for d in deltas), default=0.0)
     return min(ROUNDING_FACTOR * measured, coarsest)
 
 
-def _shaken(first: Adapter, kind: str, runs: Runs, exact: Sequence[Any], parity: Parity) -> float:
-    """The bound by what rounding of the measured size does to A's logits.
-
-    0 unless dW was compared everywhere and is off by rounding alone, of a size worth trying.
-    """
-    size = max((d.rounding for d in parity.compared), default=0.0)
-    if not (parity.same_modules and all(d.fits for d in parity.deltas) and size > EQUAL):
-        return 0.0
-    shaken = jiggle.logits(first, kind, runs, size)
-    if shaken is None:
-        return 0.0
-    parity.numbers["sensitivity"] = largest(exact, shaken)
-    return ROUNDING_FACTOR * float(parity.numbers["sensitivity"])
+def _only_rounded(parity: Parity) -> bool:
+    """Whether dW was off nowhere: then rounding, further on, may be what the logits show."""
+    return parity.same_modules and all(d.fits is not False for d in parity.deltas)
 
 
-def _measured(runs: Sequence[runtimes.Run], bound: float) -> dict[str, Any]:
-    """The numbers of two runs of the same tokens."""
-    import numpy as np
-
-    pairs = list(zip(runs[0].logits, runs[1].logits, strict=True))
-    with np.errstate(invalid="ignore"):
-        agree, decided = top1(pairs, bound)
-        rows = per_position(runs[0].logits, runs[1].logits)
-        return {
-            "max_difference": largest(runs[0].logits, runs[1].logits),
-            "mean_difference": float(np.mean([np.abs(x - y).mean() for x, y in pairs])),
-            "kl": float(np.mean([kl(x, y) for x, y in pairs])),
-            "top1_agreement": agree,
-            "top1_decided_positions": decided,
-            "greedy_equal": runs[0].greedy == runs[1].greedy,
-            "per_position": by_position(rows),
-            "per_prompt": rows,
-        }
+def _restated(
+    adapters: Sequence[Adapter], runs: Runs, sides: Sides, parity: Parity
+) -> Sides | None:
+    """The same with what was rounded or compressed rounded on both sides; None if that can't be."""
+    if all(a.format == "coreml" for a in adapters):
+        return None
+    which = int(adapters[0].format == "coreml")  # the numbers are a package's, or B's
+    own, other = adapters[which], adapters[1 - which]
+    sound = {d.module for d in parity.deltas if d.fits is not False}
+    pairs = {n: (p[which], p[1 - which]) for n, p in parity.pairs.items() if n in sound}
+    with as_stored.restated(own, other, runs.base, pairs) as given:
+        if given is None:
+            return None
+        for module in given.wrong[:1]:
+            parity.add("norm", "failed", NORMS, module)
+        again = Runs(given.base, runs.prompts, progress=runs.progress)
+        bare, done = list(sides.bare), list(sides.done)
+        if given.base is not runs.base:
+            bare[which] = again.bare(given.adapter).run
+        done[which] = again.adapted(given.adapter).run
+    left = [d for d in parity.compared if d.module not in given.modules]
+    parity.numbers |= {
+        "source_difference": sides.off,
+        "restated": {
+            "side": "AB"[which],
+            "base": given.base is not runs.base,
+            "modules": sorted(given.modules, key=_order),
+        },
+    }
+    return Sides(bare, done, _allowed(adapters, left, parity))
 
 
 def _judge_logits(where: str, parity: Parity) -> None:
     """The checks drawn from finite logits."""
     n = parity.numbers
+    if again := n.get("restated"):
+        other = "BA"[again["side"] == "B"]
+        where += f", {again['side']} with the numbers that {other} stores"
     fine = n["max_difference"] <= n["bound"]
     what = (
         f"{where}: largest difference {n['max_difference']:.2e} (bound {n['bound']:.2e}), the"
@@ -319,12 +334,13 @@ def _cause(parity: Parity) -> str:
     )
 
 
-def _base_agrees(base: Base, off: float, logits: Sequence[Any], parity: Parity) -> bool:
+def _base_agrees(base: Base, bare: Sequence[Run], parity: Parity) -> bool:
     """Whether both runtimes compute the same base; else no adapter can be compared."""
     import numpy as np
 
-    largest = max(float(np.abs(x).max()) for x in logits)
-    if off <= BASE_MISREAD * largest:
+    size = max(float(np.abs(x).max()) for x in bare[0].logits)
+    off = largest(bare[0].logits, bare[1].logits)
+    if off <= BASE_MISREAD * size:
         which = " and ".join(parity.numbers["runtimes"])
         parity.add("base", "passed", f"{which} agree on the bare base to {off:.1e}")
         return True
@@ -341,7 +357,7 @@ def _compressed_base(packed: str, bare: Sequence[Sequence[Any]], parity: Parity)
     parity.numbers |= {"compression": packed, "base_kl": mean, "base_relative_difference": share}
     what = (
         f"the package's is compressed ({packed}): alone it is off by {off:.3g} in logits, {share:.1%}"
-        f" of their size, KL {mean:.2g}: the yardstick for what follows"
+        f" of their size, KL {mean:.2g}; what follows is measured on it"
     )
     parity.add("base", "passed" if share < 1 else "failed", what)
     return share < 1

@@ -140,15 +140,23 @@ def _size(numbers: Numbers, thresholds: Numbers) -> list[str]:
         svg = plots.bars("kinds", kinds, bars, "size (MB)")
         figures.append(figure("Size by kind of module", "powers of 1000", svg))
     points = [
-        (p["bytes"] / 1e6, float(p["error"]), f"{p.get('bits', '')} bits" if p.get("bits") else "")
+        (float(p["bits"]), float(p["error"]), _point(p))
         for p in listed(numbers, "curve")
-        if isinstance(p, Mapping) and is_number(p.get("bytes")) and is_number(p.get("error"))
+        if isinstance(p, Mapping) and all(is_number(p.get(k)) for k in ("bits", "error", "bytes"))
     ]
-    if points:
-        svg = plots.curve(points, "size (MB)", "relative error")
-        explained = "what fewer bits save, and what they cost"
+    if shown := [p for p in points if p[1] > 0]:  # what lost nothing has no place on a logarithm
+        svg = plots.curve(shown, "bits per value, tables and scales included", "relative error")
+        exact = len(points) - len(shown)
+        more = f"; {exact} without error: in the table" if exact else ""
+        explained = f"what is stored in one width together, with its size in MB{more}"
         figures.append(figure("Bits, size and error", explained, svg))
     return figures
+
+
+def _point(found: Numbers) -> str:
+    """What a point of the curve is: whose, how stored, how large."""
+    words = " ".join(str(found[k]) for k in ("of", "way") if found.get(k))
+    return f"{words} {found['bytes'] / 1e6:.3g}".strip()
 
 
 def _latency(numbers: Numbers, thresholds: Numbers) -> list[str]:

@@ -192,14 +192,18 @@ def heat(
 
 
 def curve(points: Sequence[tuple[float, float, str]], x: str, y: str) -> str:
-    """Labelled points (x, y), joined in the order of x."""
+    """Labelled points (x, y), each label on the side where there is room."""
     ordered = sorted(points)
+    middle = (ordered[0][0] + ordered[-1][0]) / 2
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], "o-", color=SERIES[0])
+        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], "o", color=SERIES[0])
         for at, value, label in ordered:
-            axes.annotate(_short(label, 14), (at, value), (4, 4), textcoords="offset points")
+            side, away = ("right", -6) if at > middle else ("left", 6)
+            axes.annotate(
+                _short(label, 20), (at, value), (away, 4), textcoords="offset points", ha=side
+            )
         if ordered[0][1] > 0 and all(p[1] > 0 for p in ordered):
             axes.set_yscale("log")
             _decades(axes.yaxis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,11 +13,12 @@ from loraduct.adapter import Adapter
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.validation import runtimes, texts
+from loraduct.validation.loaded import Loaded
 from loraduct.validation.logits import losses
-from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Loaded, Run
+from loraduct.validation.runtimes import NEW_TOKENS, RUNTIME, Run
 
 MOST_TOKENS = 1024  # of a text: what is longer is cut
-TEXT_TOKENS = 512  # of all texts
+TEXT_TOKENS, SLOW_TOKENS = 512, 256  # of all texts; where MLX has only its CPU backend
 _POSITIONS = (
     "max_position_embeddings",
     "n_positions",
@@ -24,6 +26,12 @@ _POSITIONS = (
     "max_seq_len",
     "max_sequence_length",
 )
+
+
+def most_tokens(adapters: Sequence[Adapter]) -> int:
+    """How many tokens of the texts are used unless the user says how many."""
+    slow = platform.system() != "Darwin" and any(a.format == "mlx" for a in adapters)
+    return SLOW_TOKENS if slow else TEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,16 @@ class Runs:
 
     def _work(self, model: Loaded, *, scores: bool) -> Done:
         """All that is asked of a loaded model."""
-        run = Run([model.logits(i) for i in self.ids], model.greedy(self.ids[0], NEW_TOKENS))
-        return Done(run, [_score(model, t) for t in (self.texts[0] if scores else ())])
+        run = Run(list(model.each(self.ids)), model.greedy(self.ids[0], NEW_TOKENS))
+        rows = self.texts[0] if scores else []
+        given = model.each([t.ids for t in rows])
+        return Done(run, [_scored(z, t) for z, t in zip(given, rows, strict=True)])
 
 
-def _score(model: Loaded, text: texts.Text) -> Scored:
-    """The loss of each scored token given those before it."""
+def _scored(logits: Any, text: texts.Text) -> Scored:
+    """The loss of each scored token given those before it, from a row's logits."""
     import numpy as np
 
-    z = np.asarray(model.logits(text.ids))[np.array(text.scored) - 1]
+    z = np.asarray(logits)[np.array(text.scored) - 1]
     with np.errstate(invalid="ignore"):
         return Scored(losses(z, [text.ids[p] for p in text.scored]), z.argmax(axis=-1))

@@ -25,6 +25,7 @@ from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
 from loraduct.validation import coreml, mil
+from loraduct.validation.loaded import Loaded, of_mlx
 
 RUNTIME = {"peft": "torch", "mlx": "mlx", "coreml": "coreml"}
 PROMPTS = (
@@ -43,15 +44,6 @@ class Run:
 
     logits: list[Any]
     greedy: list[int]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model in its runtime: ``logits(ids)`` (tokens, vocabulary) float32, and ``greedy(ids, n)``,
-    the n likeliest tokens after them."""
-
-    logits: Callable[[Sequence[int]], Any]
-    greedy: Callable[[Sequence[int], int], list[int]]
 
 
 class RuntimeFailed(LoraductError):
@@ -370,24 +362,3 @@ def mlx_model(base: Base, adapter: Path | None = None) -> Any:
 
 def _mlx(base: Base, adapter: Path | None) -> Loaded:
     return of_mlx(mlx_model(base, adapter))
-
-
-def of_mlx(model: Any) -> Loaded:
-    """What is asked of a model of mlx-lm's."""
-    import mlx.core as mx
-    import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
-
-    def logits(ids: Sequence[int]) -> Any:
-        return np.array(model(mx.array([list(ids)]))[0].astype(mx.float32))
-
-    def greedy(ids: Sequence[int], count: int) -> list[int]:
-        found: list[int] = []
-        step, cache = mx.array([list(ids)]), make_prompt_cache(model)
-        for _ in range(count):
-            out = model(step, cache=cache)
-            found.append(int(out[0, -1].argmax()))
-            step = mx.array([[found[-1]]])
-        return found
-
-    return Loaded(logits, greedy)

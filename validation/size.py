@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loraduct.adapter import Adapter, LowRank
+from loraduct.adapter import Adapter
 from loraduct.formats import CONFIG
-from loraduct.modules import kind_of_module
 from loraduct.text import size
 from loraduct.validation.checks import Check
 from loraduct.validation.declared import declared
 from loraduct.validation.suites import Context, Suite, suite
+from loraduct.validation.widths import account, adapter_rows, counted, curve
 
 
 def run(context: Context) -> Suite:
@@ -22,7 +21,9 @@ def run(context: Context) -> Suite:
     sides = {k: measured(a) for k, a in zip(labels, context.adapters, strict=True)}
     ships = sides[labels[-1]]
     numbers: dict[str, Any] = {"bytes": ships["bytes"], **sides}
-    numbers["account"] = account(context.adapters[-1])
+    rows = account(context.adapters, context.base)
+    numbers |= {"tensors": counted(rows), "curve": curve(rows)}
+    numbers["account"] = [{k: v for k, v in r.items() if k != "norm"} for r in rows]
     what = f"{size(ships['bytes'])} on disk, {ships['bits_per_weight']:.3g} bits a weight"
     if "b" in sides and sides["a"]["bytes"]:
         numbers["ratio"] = ships["bytes"] / sides["a"]["bytes"]
@@ -30,13 +31,15 @@ def run(context: Context) -> Suite:
     if ships["compression"]:
         ways = ", ".join(f"{k} {v}" for k, v in ships["compression"].items())
         what += f"; compressed: {ways}"
+    if lost := [r for r in rows if r["outcome"] == "skipped" and not r["bytes"]]:
+        what += f"; {len(lost)} of A's modules are not in B"
     return suite("size", [Check("size", "passed", what)], numbers)
 
 
 def measured(adapter: Adapter) -> dict[str, Any]:
     """Bytes of the files, and of the weights by kind and dtype; of a package's adapter its own."""
     files = files_of(adapter)
-    rows = account(adapter)
+    rows = adapter_rows(adapter)
     total = sum(files.values())
     held = sum(r["bytes"] for r in rows) if adapter.format == "coreml" else total
     values = sum(r["values"] for r in rows)
@@ -71,30 +74,3 @@ def paths_of(adapter: Adapter) -> dict[str, Path]:
     root = adapter.path
     named = {str(p.relative_to(root)) if p.is_relative_to(root) else p.name: p for p in found}
     return dict(sorted(named.items()))
-
-
-def account(adapter: Adapter) -> list[dict[str, Any]]:
-    """Each stored tensor: its module, kind, dtype, shape, values and bytes."""
-    from loraduct.formats.coded import code_of
-
-    rows: dict[str, dict[str, Any]] = {}
-    for module, update in adapter.updates.items():
-        for tensor in (o for t in update.tensors for o in t.origins):
-            code = code_of(tensor) if adapter.format == "coreml" else None
-            values = math.prod(tensor.shape)
-            stored = tensor.stored_nbytes
-            if code is not None:
-                stored = math.ceil(code.codes.size * code.bits / 8) + code.numbers.nbytes
-            kind = kind_of_module(
-                module if isinstance(update, LowRank) else module.rsplit(".", 1)[0]
-            )
-            rows[tensor.name] = {
-                "tensor": tensor.name,
-                "module": module,
-                "kind": kind,
-                "dtype": code.way if code is not None else tensor.stored_dtype,
-                "shape": list(tensor.shape),
-                "values": values,
-                "bytes": stored,
-            }
-    return list(rows.values())

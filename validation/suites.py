@@ -38,7 +38,6 @@ SUITES = {
 STATIC = ("structure", "base", "size")  # need no runtime, and run on what is broken too
 MUST_HOLD = ("structure", "base")  # before anything is run
 BROKEN = "the structure is broken"
-NO_OTHERS = "takes a while: --suite swap, or more adapters with --beside ADAPTER"
 
 
 class CannotRun(LoraductError):
@@ -116,8 +115,6 @@ def run(context: Context, progress: Callable[[str], None] = lambda _: None) -> l
 
 def _one(name: str, context: Context) -> Suite:
     """One suite; what it lacks skips it, or fails it where it was asked for by name."""
-    if name == "swap" and not (context.beside or name in context.wanted):
-        return Suite(name, "skipped", NO_OTHERS)
     try:
         module = import_module(f"loraduct.validation.{SUITES[name]}")
         done: Suite = module.run(context)

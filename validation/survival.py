@@ -21,7 +21,6 @@ from loraduct.formats.coreml.constexpr import is_compressed
 from loraduct.formats.coreml.program import mangled
 from loraduct.formats.coreml.stored import PackageBase
 from loraduct.tensor import FLOATS, Tensor, as_float32
-from loraduct.validation.logits import divergence
 
 _NUMBERS = 1 << 20  # of a weight, at once
 
@@ -248,35 +247,3 @@ def _column_lengths(stored: _Stored, u: LowRank) -> Any:
     for first, w, _ in stored.rows():
         squares += np.square(w + u.scale * _product(u, first, len(w))).sum(axis=0)
     return np.sqrt(squares)
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What the fused model does against the base with the adapter beside it, on the same tokens.
-
-    ``cosine`` of the two changes of the base's logits, ``size`` of the fused one over the other's,
-    ``kl`` mean KL(unfused || fused) per position, in nats; ``base_kl`` KL(unfused || base).
-    """
-
-    cosine: float
-    size: float
-    kl: float
-    base_kl: float
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
-
-def effect(base: Sequence[Any], unfused: Sequence[Any], fused: Sequence[Any]) -> Effect:
-    """From logits (tokens, vocabulary) of each prompt."""
-    import numpy as np
-
-    wanted, got = (
-        np.concatenate([(x.astype(np.float64) - y).ravel() for x, y in zip(xs, base, strict=True)])
-        for xs in (unfused, fused)
-    )
-    sizes = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
-    cosine = float(wanted @ got) / (sizes[0] * sizes[1]) if all(sizes) else float(not any(sizes))
-    size = sizes[1] / sizes[0] if sizes[0] else 1.0
-    return Effect(cosine, size, divergence(unfused, fused), divergence(unfused, base))

@@ -2,19 +2,18 @@
 left of the base, what it costs.
 
 The pool that is tried comes from outside (``options["pool"]``): validation judges it and shares no
-code with it. What every state should give is computed before, by stock PEFT or stock mlx-lm where
-they can hold it, else by a pool of its own on a fresh model.
+code with it. After each of the steps the model is asked, and what it says compared with what a fresh
+model said before (`swap_expected`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,19 +21,20 @@ from typing import Any
 
 from loraduct import formats
 from loraduct.adapter import Adapter
-from loraduct.errors import LoraductError, MissingExtra, Refused
+from loraduct.errors import LoraductError, MissingExtra
 from loraduct.files import write_file
 from loraduct.formats import CONFIG, json_file, mlx, peft
-from loraduct.formats.base import Base
+from loraduct.formats.coreml import record
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.safetensors_file import serialized
 from loraduct.text import number, printable, size
-from loraduct.validation import runtimes
+from loraduct.validation import runtimes, swap_expected
 from loraduct.validation.checks import Check
 from loraduct.validation.parity import SAME_RUNTIME
 from loraduct.validation.suites import CannotRun, Context, Suite, suite
+from loraduct.validation.swap_expected import Given, Live, State
 
-STEPS, TOKENS, SEED = 200, 8, 8
+STEPS, SEED = 200, 8
 LEAST = 3  # adapters: fewer can't force evictions from a budget of two
 SHARE = 1e-5  # of the largest logit: two orders of summation differ by less
 STACKS = 8
@@ -43,15 +43,13 @@ WEIGHTS = (1.0, 0.5, -0.5)
 # what is done next, and how often
 CHANCES = {"swap": 8, "stack": 4, "load": 3, "prefetch": 2, "evict": 2, "deactivate": 1}
 
-State = tuple[tuple[str, float], ...]
-Logits = Callable[[Any], Any]
-
 
 @dataclass
 class _Seen:
     """What the schedule measured."""
 
     largest: float = 0.0
+    compared: int = 0
     peak: int = 0
     loads: list[float] = field(default_factory=list)
     swaps: list[float] = field(default_factory=list)
@@ -60,44 +58,56 @@ class _Seen:
 
 
 def run(context: Context) -> Suite:
-    """The suite. Raises CannotRun without a pool, MissingExtra without the runtime."""
+    """The suite. Raises CannotRun without a pool, without weights and for what no pool takes,
+    MissingExtra without the runtime."""
     make = context.options.get("pool")
     if make is None:
         raise CannotRun("there is no pool to try: call it with options={'pool': AdapterPool}")
     ships = context.adapters[-1]
     backend = "mlx" if ships.format == "mlx" or context.base.quantization else "torch"
-    ids = list(context.runs.ids[0][:TOKENS]) or [0]
+    if not context.base.has_weights:
+        raise CannotRun(f"{context.base.path} holds no weights to run")
+    if context.base.quantization is not None and backend == "torch":
+        raise CannotRun(f"{context.base.path} is packed by mlx-lm, torch can't load it")
     with runtimes.quiet(), tempfile.TemporaryDirectory(prefix="loraduct-") as name:
         given = _given(context, Path(name))
         try:
-            return _tried(make, backend, context.base, given, ids)
+            return _tried(make, backend, context, given)
         except ImportError as e:
             raise MissingExtra(backend, f"the swap suite ({e.name})") from None
 
 
-def _given(context: Context, folder: Path) -> dict[str, tuple[Path, ReadOptions, Adapter]]:
-    """Name -> (path, how to read it, what it is): those given, and variants until there are enough."""
+def _given(context: Context, folder: Path) -> Given:
+    """What ships, those beside it, the other adapters of its package, and variants until there are
+    enough. A, of which B was made, gives what B gives: a mix-up of the two would not show.
+    """
     options = ReadOptions(restore=False, base=context.base)
     found: dict[str, tuple[Path, ReadOptions, Adapter]] = {}
-    for adapter in context.adapters:
-        one = ReadOptions(restore=False, base=context.base, adapter=adapter.name)
-        packaged = adapter.format == "coreml"
-        if adapter.weights.suffix == ".bin" and not packaged:
-            raise CannotRun(f"{adapter.weights} is a pickle: convert it before it is swapped")
-        usual = packaged or adapter.container == "packed" or runtimes.usual_weights(adapter)
-        if not usual:
-            raise CannotRun(f"{adapter.weights} is no folder's usual file: convert it before")
-        found[f"a{len(found)}"] = adapter.path, one, adapter
+    first = context.adapters[-1]
+    packaged = first.format == "coreml"
+    if first.weights.suffix == ".bin" and not packaged:
+        raise CannotRun(f"{first.weights} is a pickle: convert it before it is swapped")
+    if not (packaged or first.container == "packed" or runtimes.usual_weights(first)):
+        raise CannotRun(f"{first.weights} is no folder's usual file: convert it before")
+    one = ReadOptions(restore=False, base=context.base, adapter=first.name)
+    found["a0"] = first.path, one, first
     for path in context.beside:
         found[f"a{len(found)}"] = path, options, formats.read(path, options)
-    first = context.adapters[-1]
+    for other in _siblings(first) if packaged else ():
+        own = ReadOptions(restore=False, base=context.base, adapter=other)
+        found[f"a{len(found)}"] = first.path, own, formats.read(first.path, own)
     for i in range(max(0, LEAST - len(found))):
         path = first.path
         if first.format in ("peft", "mlx") and first.container is None:
             path = _variant(first, folder / f"variant{i}", FACTORS[i % len(FACTORS)])
-        one = ReadOptions(restore=False, base=context.base, adapter=first.name)
         found[f"variant{i}"] = path, one, formats.read(path, one)
     return found
+
+
+def _siblings(adapter: Adapter) -> list[str]:
+    """Two more adapters of a package, at most."""
+    held = record.read(runtimes.package_at(adapter.path))["adapters"]
+    return [str(name) for name in held if name != adapter.name][: LEAST - 1]
 
 
 def _variant(adapter: Adapter, folder: Path, factor: float) -> Path:
@@ -113,30 +123,37 @@ def _variant(adapter: Adapter, folder: Path, factor: float) -> Path:
     return folder
 
 
-def _tried(make: Any, backend: str, base: Base, given: dict[str, Any], ids: Sequence[int]) -> Suite:
-    model, logits = _live(backend, base, ids)
-    plain, before = logits(model), _digest(backend, model)
-    sizes = _sizes(make, model, base, given)
-    budget = sum(sorted(sizes.values())[-2:])
+def _tried(make: Any, backend: str, context: Context, given: Given) -> Suite:
+    base, progress = context.base, context.runs.progress
+    ids = list(context.runs.ids[0][: swap_expected.tokens(backend)]) or [0]
     states = _states(given)
-    expected = {(): plain} | _expected(make, backend, base, given, states, ids)
+    progress(f"{len(states)} states of {len(given)} adapters, each on a fresh model")
+    sizes = _sizes(make, swap_expected.live(backend, base, ids).model, context, given)
+    logits = swap_expected.expected(make, backend, base, given, states, ids)
+    live = swap_expected.live(backend, base, ids)
+    before = swap_expected.digest(backend, live.model)
+    expected = {(): live.logits()} | logits
+    budget = sum(sorted(sizes.values())[-2:])
     bound = max(SAME_RUNTIME, SHARE * max(float(abs(e).max()) for e in expected.values()))
-    pool = make(model, base, budget=budget)
+    pool = make(live.model, base, budget=budget)
     try:
-        seen = _schedule(pool, given, states, expected, lambda: logits(model), bound)
+        seen = _schedule(pool, given, states, expected, live, bound, progress)
         evictions = pool.evictions
     finally:
         pool.close()
-    after = _digest(backend, model)
-    back = float(abs(logits(model) - plain).max())
+    after = swap_expected.digest(backend, live.model)
+    back = float(abs(live.logits() - expected[()]).max())
     checks = _checks(seen, bound, budget, before == after, back, _effect(expected, bound))
+    checks += swap_expected.packaged(context, given, expected, backend)
     numbers = {
         "steps": STEPS,
         "seed": SEED,
         "backend": backend,
         "adapters": len(given),
         "states": len(expected),
-        "stock_states": sum(_is_stock(backend, s, given) for s in states),
+        "stock_states": sum(swap_expected.is_stock(backend, s, given) for s in states),
+        "tokens": len(ids),
+        "compared": seen.compared,
         "done": seen.counts,
         "errors": len(seen.wrong),
         "largest_difference": seen.largest,
@@ -159,7 +176,8 @@ def _checks(
 ) -> list[Check]:
     swaps = f"median {number(_middle(seen.swaps) or 0.0)} ms"
     loads = f"median {number(_middle(seen.loads) or 0.0)} ms"
-    outputs = f"largest difference from a fresh load {number(seen.largest)} (bound {number(bound)})"
+    outputs = f"compared with a fresh load {seen.compared} times, largest difference"
+    outputs += f" {number(seen.largest)} (bound {number(bound)})"
     kept = "every byte and logit of the base is as it was"
     lost = f"the base's bytes {'are the same' if same else 'changed'}, its logits moved by {number(back)}"
     memory = f"at most {size(seen.peak)} of {size(budget)}"
@@ -195,23 +213,25 @@ def _effect(expected: dict[State, Any], bound: float) -> bool:
 
 
 def _schedule(
-    pool: Any, given: dict[str, Any], states: Sequence[State], expected: dict[State, Any],
-    logits: Callable[[], Any], bound: float,
+    pool: Any, given: Given, states: Sequence[State], expected: Mapping[State, Any], live: Live,
+    bound: float, progress: Callable[[str], None],
 ) -> _Seen:  # fmt: skip
     """The random steps, and after each what the model gives and the pool holds."""
     dice, seen = random.Random(SEED), _Seen()
     single = [s for s in states if len(s) == 1]
     stacks = [s for s in states if len(s) > 1] or single
+    asked: list[tuple[str, State, Any]] = []
     for name, (path, options, _) in given.items():
         seen.loads.append(_timed(partial(pool.load, name, path, options)))
     for step in range(STEPS):
+        if step % 50 == 0:
+            progress(f"step {step} of {STEPS}")
         what = dice.choices(list(CHANCES), list(CHANCES.values()))[0]
         seen.counts[what] = seen.counts.get(what, 0) + 1
         active = {n for n, _ in pool.active}
         idle = [n for n in given if n not in active]
         name = dice.choice(idle or list(given))
         state = dice.choice(stacks if what == "stack" else single) if what != "deactivate" else ()
-        before = pool.active
         try:
             if what in ("swap", "stack", "deactivate"):
                 warm = {n for n, _ in state} <= set(pool.held)
@@ -224,18 +244,29 @@ def _schedule(
                 pool.prefetch(name).result()
             elif what == "evict" and idle:
                 pool.evict(name)
-            if pool.active == before and step % 4:
-                continue  # what is active has been looked at
-            found = float(abs(logits() - expected[pool.active]).max())
+            asked.append((f"step {step} ({what})", pool.active, live.ask()))
         except LoraductError as e:
             seen.wrong.append(f"step {step} ({what}): {printable(str(e), 200)}")
-            continue
         finally:
             seen.peak = max(seen.peak, pool.resident_bytes)
-        seen.largest = max(seen.largest, found)
-        if not found <= bound:
-            seen.wrong.append(f"step {step} ({what}): logits are off by {number(found)}")
+        if len(asked) == live.width or step == STEPS - 1:
+            _compare(asked, expected, live, bound, seen)
+            asked.clear()
     return seen
+
+
+def _compare(
+    asked: Sequence[tuple[str, State, Any]], expected: Mapping[State, Any], live: Live, bound: float,
+    seen: _Seen,
+) -> None:  # fmt: skip
+    """What the model said in the states that it was in, against what it should say."""
+    answers = live.answers([given for _, _, given in asked])
+    for (where, state, _), found in zip(asked, answers, strict=True):
+        off = float(abs(found - expected[state]).max())
+        seen.compared += 1
+        seen.largest = max(seen.largest, off)
+        if not off <= bound:
+            seen.wrong.append(f"{where}: logits are off by {number(off)}")
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -244,7 +275,7 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _states(given: dict[str, Any]) -> list[State]:
+def _states(given: Given) -> list[State]:
     """Each adapter alone, and some stacks of two; what can't be weighted has the weight 1."""
     dice = random.Random(SEED)
     whole = {n for n, (_, _, a) in given.items() if a.replacements}
@@ -258,110 +289,15 @@ def _states(given: dict[str, Any]) -> list[State]:
     return list(found)
 
 
-def _sizes(make: Any, model: Any, base: Base, given: dict[str, Any]) -> dict[str, int]:
-    """Bytes of each in memory."""
+def _sizes(make: Any, model: Any, context: Context, given: Given) -> dict[str, int]:
+    """Bytes of each in memory. Raises CannotRun for an adapter that the pool does not take."""
     found = {}
-    with contextlib.closing(make(model, base)) as pool:
+    with contextlib.closing(make(model, context.base)) as pool:
         for name, (path, options, _) in given.items():
-            pool.load(name, path, options)
+            try:
+                pool.load(name, path, options)
+            except LoraductError as e:
+                raise CannotRun(f"the pool takes no such adapter: {e}") from None
             found[name] = pool.resident_bytes
             pool.evict(name)
     return found
-
-
-# --- what each state should give -----------------------------------------------------------------
-
-
-def _is_stock(backend: str, state: State, given: dict[str, Any]) -> bool:
-    """Whether a stock library holds this state: PEFT stacks, mlx-lm one adapter."""
-    wanted = {"torch": "peft", "mlx": "mlx"}[backend]
-    held = [given[n][2] for n, _ in state]
-    plain = all(a.format == wanted and runtimes.usual_weights(a) for a in held)
-    return plain and (
-        len(held) == 1 or (backend == "torch" and not any(a.replacements for a in held))
-    )
-
-
-def _expected(
-    make: Any, backend: str, base: Base, given: dict[str, Any], states: Sequence[State],
-    ids: Sequence[int],
-) -> dict[State, Any]:  # fmt: skip
-    """Logits of every state, from the stock library or from a pool used once."""
-    stock = [s for s in states if _is_stock(backend, s, given)]
-    done = dict((_by_peft if backend == "torch" else _by_mlx_lm)(base, given, stock, ids))
-    left = [s for s in states if s not in done]
-    if left:
-        model, logits = _live(backend, base, ids)
-        for state in left:
-            with contextlib.closing(make(model, base)) as pool:
-                for name, _ in state:
-                    pool.load(name, *given[name][:2])
-                pool.activate(*state)
-                done[state] = logits(model)
-    return done
-
-
-def _by_peft(
-    base: Base, given: dict[str, Any], states: Sequence[State], ids: Sequence[int]
-) -> Iterator[tuple[State, Any]]:
-    names = list(dict.fromkeys(n for s in states for n, _ in s))
-    if not names:
-        return
-    from peft import PeftModel
-
-    model, logits = _live("torch", base, ids)
-    model = PeftModel.from_pretrained(model, str(given[names[0]][0]), adapter_name=names[0]).eval()
-    for name in names[1:]:
-        model.load_adapter(str(given[name][0]), adapter_name=name)
-    layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
-    scales = [dict(m.scaling) for m in layers]
-    for state in states:
-        for layer, own in zip(layers, scales, strict=True):
-            layer.scaling.update({n: own[n] * w for n, w in state if n in own})
-        if len(state) == 1:
-            model.set_adapter(state[0][0])
-        else:
-            model.base_model.set_adapter([n for n, _ in state])
-        yield state, logits(model)
-
-
-def _by_mlx_lm(
-    base: Base, given: dict[str, Any], states: Sequence[State], ids: Sequence[int]
-) -> Iterator[tuple[State, Any]]:
-    for state in states:
-        model = runtimes.mlx_model(base, given[state[0][0]][0])
-        yield state, runtimes.of_mlx(model).logits(ids)
-
-
-# --- models --------------------------------------------------------------------------------------
-
-
-def _live(backend: str, base: Base, ids: Sequence[int]) -> tuple[Any, Logits]:
-    """A fresh model in float32, and what gives a model's logits (tokens, vocabulary)."""
-    if not base.has_weights:
-        raise Refused(base.path, "holds no weights (model*.safetensors): nothing can be run on it")
-    load, of = {
-        "torch": (runtimes.torch_model, runtimes.of_torch),
-        "mlx": (runtimes.mlx_model, runtimes.of_mlx),
-    }[backend]
-    return load(base), lambda model: of(model).logits(ids)
-
-
-def _digest(backend: str, model: Any) -> str:
-    """Of all parameters by name, every byte."""
-    found = hashlib.blake2b()
-    if backend == "torch":
-        import torch
-
-        for name, t in model.named_parameters(remove_duplicate=False):
-            found.update(name.encode())
-            found.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
-    import mlx.core as mx
-    import numpy as np
-    from mlx.utils import tree_flatten
-
-    for name, a in tree_flatten(model.parameters()):
-        found.update(name.encode())
-        found.update(np.array(a.reshape(-1).view(mx.uint8)).data)
-    return found.hexdigest()

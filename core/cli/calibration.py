@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraduct.converters.compress_wanted import Calibration
+    from loraduct.validation import calibrate_base
     from loraduct.validation.calibrate import Runner, Text
 
 
@@ -107,10 +109,21 @@ class OfPackage:
 
 
 class OfBase:
-    """A base's calibration, by transformers."""
+    """A base's calibration, by transformers; everything is run when it is first asked for."""
 
-    def __init__(self, target: Path, file: Path) -> None:
-        self.target, self.file = target, file
+    def __init__(
+        self, target: Path, file: Path, base: Path | None, adapters: bool, probing: bool
+    ) -> None:
+        self.target, self.file, self.tokenizer = target, file, base or target
+        self.probing = probing
+
+    @cached_property
+    def runner(self) -> calibrate_base.Runner:
+        """The base before it is compressed."""
+        from loraduct.formats import base as base_folder
+        from loraduct.validation.calibrate_base import Runner
+
+        return Runner(base_folder.read(self.target))
 
     @cached_property
     def text(self) -> Text:
@@ -119,7 +132,7 @@ class OfBase:
         from loraduct.validation import calibrate
 
         texts, rows = pieces(self.file)
-        rows = [*(calibrate.tokenized(self.target, texts) if texts else []), *rows]
+        rows = [*(calibrate.tokenized(self.tokenizer, texts) if texts else []), *rows]
         config = base_folder.read(self.target).text_config
         context, vocabulary = (
             n if type(n) is int and n > 0 else None
@@ -130,13 +143,33 @@ class OfBase:
     def calibration(self) -> Calibration:
         """For converters."""
         from loraduct.converters.compress_wanted import Calibration
-        from loraduct.formats import base as base_folder
         from loraduct.validation import calibrate
 
         def moments() -> Any:
-            return calibrate.of_base(base_folder.read(self.target), self.text.calibration)
+            return self.runner.second_moments(self.text.calibration)
 
-        return Calibration(moments)
+        def probe() -> Any:
+            return calibrate.probe(self.runner, self.text.calibration)
+
+        return Calibration(moments, probe if self.probing else None)
+
+    def quality(self, output: Path) -> list[Any]:
+        """What compression did to the predictions: of weights packed for MLX, the values that it computes
+        with, in the runtime that ran the base before."""
+        from loraduct.converters.compress_base import decompress
+        from loraduct.formats import base as base_folder
+        from loraduct.validation.calibrate import quality
+        from loraduct.validation.calibrate_base import Runner
+
+        ids = self.text.held_out
+        before = self.runner.logits(ids)
+        del self.runner  # one model at a time
+        with TemporaryDirectory(prefix=".loraduct-", dir=output.absolute().parent) as room:
+            made = base_folder.read(output)
+            if made.quantization is not None:
+                decompress(output, Path(room) / "base", force=False)
+                made = base_folder.read(Path(room) / "base")
+            return [quality("base", ids, before, Runner(made).logits(ids))]
 
 
 def _rows(package: Any) -> dict[str, Any]:

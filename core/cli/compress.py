@@ -16,7 +16,7 @@ KINDS = {
     "adapter": "loraduct.converters.compress_adapter",
     "base": "loraduct.converters.compress_base",
 }
-CALIBRATED = ("package",)  # whose modules use what --calibrate measures
+CALIBRATED = {"package": "OfPackage", "base": "OfBase"}  # who measures what --calibrate is for
 
 
 @click.command("compress")
@@ -41,6 +41,13 @@ CALIBRATED = ("package",)  # whose modules use what --calibrate measures
     "--group-size", type=click.IntRange(1), metavar="N",
     help="Channels per table; with --quantize, input channels per scale.",
 )  # fmt: skip
+@click.option(
+    "--granularity", type=click.Choice(["tensor", "channel", "block"]),
+    help="What shares a scale of int8 or int4 [channel; block with --group-size].",
+)  # fmt: skip
+@click.option(
+    "--asymmetric", is_flag=True, help="int8 or int4 with offsets (coremltools' mode linear)."
+)
 @click.option("--per-channel-scale", is_flag=True, help="Scale channels before they share a table.")
 @click.option(
     "--lut", type=click.Choice(["kmeans", "uniform", "unique"]), default="kmeans",
@@ -83,6 +90,8 @@ def command(
     size: str | None,
     adapter_bits: int | None,
     group_size: int | None,
+    granularity: str | None,
+    asymmetric: bool,
     per_channel_scale: bool,
     lut: str,
     cluster_dim: str,
@@ -136,6 +145,8 @@ def command(
         size=bytes_of(size) if size else None,
         adapter_bits=adapter_bits,
         group_size=group_size,
+        granularity=granularity,
+        asymmetric=asymmetric,
         per_channel_scale=per_channel_scale,
         lut=lut,
         cluster_dim=int(cluster_dim),
@@ -148,7 +159,7 @@ def command(
         force=force,
     )
     made = how.compress(target, None if plan else output, wanted)
-    if how.__name__ == KINDS["package"]:
+    if not of_adapter:
         _measured(made, text)
     if of_adapter and base is not None:
         _effects(made, target, base, wanted)
@@ -183,7 +194,7 @@ def _calibration(
     if kind not in CALIBRATED:
         fit = " and ".join(f"{k}s" for k in CALIBRATED)
         raise click.UsageError(f"--calibrate is for {fit}; {target} is of the kind: {kind}")
-    return calibration.OfPackage(target, file, base, adapters, budget)
+    return getattr(calibration, CALIBRATED[kind])(target, file, base, adapters, budget)
 
 
 def _effects(made: Any, target: Path, base: Path, wanted: Any) -> None:
@@ -194,9 +205,9 @@ def _effects(made: Any, target: Path, base: Path, wanted: Any) -> None:
 
     from loraduct.converters.compress_adapter import KEPT, WIDER, compress
     from loraduct.formats import base as base_folder
-    from loraduct.validation.effect import Effect
+    from loraduct.validation.effect import Kept
 
-    whole = Effect(base_folder.read(base), target)
+    whole = Kept(base_folder.read(base), target)
     with tempfile.TemporaryDirectory(prefix="loraduct-") as room:
 
         def kept(name: str, way: Any) -> float:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @click.argument("second", metavar="B", type=PATH)
 @base_option
 @click.option("--html", type=PATH, metavar="FILE", help="Also draw a heat map, modules by layers.")
-@click.option("--force", is_flag=True, help="Replace an existing HTML file.")
+@click.option("--png", type=PATH, metavar="FILE", help="The same as a picture.")
+@click.option("--force", is_flag=True, help="Replace an existing HTML or PNG file.")
 @json_option
 @reading_options
 def command(
@@ -26,6 +27,7 @@ def command(
     second: Path,
     base: Path | None,
     html: Path | None,
+    png: Path | None,
     force: bool,
     as_json: bool,
     adapter_name: str | None,
@@ -39,19 +41,25 @@ def command(
     the other way round, whichever is larger.
     """
     from loraduct.cli.combine import read_all
-    from loraduct.cli.diff_map import heat_map
+    from loraduct.cli.diff_map import heat_map, need_plots, picture
     from loraduct.converters.diff import diff
     from loraduct.errors import Refused
     from loraduct.files import replace_file
     from loraduct.formats.options import ReadOptions
 
-    if html is not None and html.exists() and not force:
-        raise Refused(html, "exists; use --force to replace it, or choose another file")
+    for file in (html, png):
+        if file is not None and file.exists() and not force:
+            raise Refused(file, "exists; use --force to replace it, or choose another file")
+    if png is not None:
+        need_plots()
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     (one, two), model = read_all([first, second], options, base)
     found = diff(one, two, model)
+    names = [str(first), str(second)]
     if html is not None:
-        replace_file(html, [heat_map(found, [str(first), str(second)]).encode()])
+        replace_file(html, [heat_map(found, names).encode()])
+    if png is not None:
+        replace_file(png, [picture(found, names)])
     if as_json:
         print_json({"first": str(first), "second": str(second), **found.as_json()})
         return

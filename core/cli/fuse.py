@@ -24,7 +24,7 @@ from loraduct.cli.prompts import prompts_of
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
-    from loraduct.cli.fuse_report import Measured
+    from loraduct.cli.fuse_report import Judge, Measured
     from loraduct.converters.fuse_folder import Options, Plan
     from loraduct.converters.fuse_package import Plan as PackagePlan
     from loraduct.formats.base import Base
@@ -196,28 +196,43 @@ def _run(
         engine.read_through(made)
         return made, []
     judge = fuse_report.Judge(model, given, texts, needed=least is not None) if wanted else None
-    found: list[Measured] = []
-    if judge is not None and remedy == "auto":
-        plans = {"none": made}
-        for name in engine.COMPARED:
-            plans[name] = engine.plan(model, given, replace(options, remedy=name))
-        for name, one in plans.items():
-            with tempfile.TemporaryDirectory(dir=output.parent if output else None) as folder:
-                engine.write(one, Path(folder))
-                found.append(judge.measure(name, one, Path(folder)))
-        best = fuse_report.chosen(found, least)
-        fuse_report.gate(best, least)
-        if output is not None:
-            with staged_folder(output) as stage:
-                engine.write(plans[best.remedy], stage)
-        return plans[best.remedy], [best, *(m for m in found if m is not best)]
     with staged_folder(output) if output else tempfile.TemporaryDirectory() as held:
         stage = Path(held)
+        if judge is not None and remedy == "auto":
+            plans = {"none": made} | {
+                name: engine.plan(model, given, replace(options, remedy=name))
+                for name in engine.COMPARED
+            }
+            return _best(engine, plans, judge, least, stage)
         engine.write(made, stage)
+        found = []
         if judge is not None:
-            found.append(judge.measure(options.remedy, made, stage))
+            found = [judge.measure(options.remedy, made, stage)]
             fuse_report.gate(found[0], least)
     return made, found
+
+
+def _best(
+    engine: Any, plans: dict[str, Any], judge: Judge, least: float | None, stage: Path
+) -> tuple[Plan | PackagePlan, list[Measured]]:
+    """Write each plan once, and keep in ``stage`` the one to choose: two at most are there at a time."""
+    from loraduct.cli import fuse_report
+    from loraduct.files import lift, make_folder, remove_tree
+
+    found: list[Measured] = []
+    best: Measured | None = None
+    for name, plan in plans.items():
+        make_folder(stage / name)
+        engine.write(plan, stage / name)
+        found.append(judge.measure(name, plan, stage / name))
+        before, best = best, fuse_report.chosen([*([best] if best else []), found[-1]], least)
+        worse = before if best is found[-1] else found[-1]
+        if worse is not None:
+            remove_tree(stage / worse.remedy)
+    assert best is not None
+    fuse_report.gate(best, least)
+    lift(stage / best.remedy)
+    return plans[best.remedy], [best, *(m for m in found if m is not best)]
 
 
 def _say(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from loraduct.converters.fuse_folder import Plan
     from loraduct.converters.fuse_package import Plan as PackagePlan
     from loraduct.formats.base import Base
-    from loraduct.validation.survival import Effect, Survived
+    from loraduct.validation.effect import Effect
+    from loraduct.validation.survival import Survived
 
 LEAST = 0.8  # cosine of the effect from which an update counts as kept
 _WORST = 5  # modules that are named
@@ -69,14 +70,15 @@ class Judge:
         from loraduct.converters import fuse_package
         from loraduct.formats import base as base_folder
         from loraduct.validation import survival
+        from loraduct.validation.effect import effect
 
         after = (fuse_package.opened if _is_package(self.base) else base_folder.read)(folder)
         survived = survival.survey(self.base, after, plan.places.updates)
-        effect = None
+        kept = None
         if self.runs is not None:
             run, bare, unfused = self.runs
-            effect = survival.effect(bare, unfused, run(folder))
-        return Measured(remedy, plan.nbytes, survived, effect, self.why)
+            kept = effect(bare, unfused, run(folder))
+        return Measured(remedy, plan.nbytes, survived, kept, self.why)
 
 
 class _Unmeasured(Exception):

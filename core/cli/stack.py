@@ -50,8 +50,8 @@ def command(
 
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     adapters, model = read_all(sources, options, base, output, force)
-    stacked = stack(adapters, model)
     target = format_of(adapters[0], to)
+    stacked = stack(adapters, model, target)
     plan = convert(stacked.adapter, Options(to=target, base=model))
     folder.write(plan, None if dry_run else output)
     if as_json:

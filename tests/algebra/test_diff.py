@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as st
 
-from loraduct.cli.diff_map import heat_map
+from loraduct.cli.diff_map import heat_map, picture
 from loraduct.converters import diff as differ
 from loraduct.formats import read
 
@@ -130,6 +130,64 @@ def test_heat_map_stands_alone_and_escapes(two: list[Path], cli: Any, tmp_path: 
     assert "script" not in {t for t, _ in page.tags}
 
 
+def pixels(png: bytes) -> np.ndarray:
+    """(rows, columns, 3) bytes."""
+    import io
+
+    image = pytest.importorskip("PIL.Image")
+    return np.asarray(image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_picture_has_the_numbers_as_colours_and_a_free_margin(
+    cli: Any, two: list[Path], tmp_path: Path
+) -> None:
+    """ColorBrewer's Reds and RdBu (colorbrewer2.org): their ends are looked for, by hand."""
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "map.png"
+    done = cli("diff", two[0], two[0], "--png", file)
+    assert done.exit_code == 0, done.output
+    seen = pixels(file.read_bytes())
+    dark_red, white, dark_blue = (103, 0, 13), (255, 245, 240), (5, 48, 97)
+
+    def share(image: np.ndarray, colour: tuple[int, int, int]) -> float:
+        return float((np.abs(image.astype(int) - colour).max(axis=-1) <= 2).mean())
+
+    height = len(seen) // 3
+    first, second, third = seen[:height], seen[height : 2 * height], seen[2 * height :]
+    assert share(first, dark_red) > 0.2  # an adapter disturbs itself wholly,
+    assert share(second, dark_blue) > 0.2  # has the cosine 1 with itself
+    assert share(third, white) > 0.2  # and moves nothing the other way
+    assert share(first, dark_blue) == share(third, dark_red) < 0.02
+    edge = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
+    assert (edge == 255).all()  # no text runs over
+    again = cli("diff", *two, "--png", file)
+    assert again.exit_code == 1
+    assert "exists; use --force" in again.stderr
+
+
+def test_picture_of_odd_names_and_of_many_modules(two: list[Path]) -> None:
+    pytest.importorskip("matplotlib")
+    found = differ.diff(read(two[0]), read(two[1]))
+    odd = "x_{$日本\x1b[1m" + "long" * 40
+    many = [dataclasses.replace(found.modules[0], module=f"model.layers.{n % 3}.{n}.{odd}", on_first=4.0)
+            for n in range(500)]  # fmt: skip
+    many.append(dataclasses.replace(found.modules[0], module="lm_head"))
+    seen = pixels(picture(dataclasses.replace(found, modules=tuple(many)), [odd * 9, odd]))
+    assert max(seen.shape) < 16_000
+    assert (np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]]) == 255).all()
+
+
+def test_without_matplotlib_the_extra_is_named(
+    cli: Any, two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = cli("diff", *two, "--png", tmp_path / "map.png", "--html", tmp_path / "map.html")
+    assert done.exit_code == 1
+    assert "'loraduct[report]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("map.*"))
+
+
 def test_refusals(cli: Any, two: list[Path], peft_folder: Folders) -> None:
     apart = peft_folder("apart", layers=1)
     file = apart / "adapter_model.safetensors"
@@ -144,11 +202,9 @@ def test_refusals(cli: Any, two: list[Path], peft_folder: Folders) -> None:
 @pytest.fixture
 def dora(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A base, DoRA and LoRA on it."""
-    spec = importlib.util.spec_from_file_location("fusing", Path(__file__).parent / "fusing.py")
-    assert spec is not None
-    assert spec.loader is not None
-    fusing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fusing)
+    pytest.importorskip("peft")
+    import fusing
+
     base = fusing.saved("llama", tmp_path / "base")
     targets = {"target_modules": ["q_proj", "down_proj"]}
     one = fusing.trained(base, tmp_path / "dora", 1, use_dora=True, **targets)

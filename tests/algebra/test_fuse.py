@@ -215,7 +215,7 @@ BROKEN = {
     "NaN": (_nan, "holds NaN or Inf"),
     "shapes": (_wide, "updates a weight of shape [64, 128], the base"),
     "no common modules": (_elsewhere, "blocks.0.self_attn.q_proj: the base"),
-    "GPTQ": (_gptq, "is quantised by gptq: fuse into the unquantised model"),
+    "GPTQ": (_gptq, "is quantised by gptq: give the unquantised model"),
     "overflow": (_huge, "does not fit F16 with the adapter in it"),
     "another copy": (_record, "its bytes are not those of the base the adapter records"),
 }

@@ -9,7 +9,8 @@ import pytest
 
 from loraduct.formats import base as base_folder
 from loraduct.formats import read
-from loraduct.validation import runtimes, survival
+from loraduct.validation import runtimes
+from loraduct.validation.effect import effect as effect_of
 from loraduct.validation.parity import BASE_FACTOR, EFFECT_FACTOR, SAME_RUNTIME
 
 pytestmark = pytest.mark.heavy
@@ -46,7 +47,7 @@ def test_fused_is_unfused(cli, repo, real, tmp_path):
     assert off(fused["torch"], unfused) <= SAME_RUNTIME
     across = max(BASE_FACTOR * off(bare["torch"], bare["mlx"]), EFFECT_FACTOR * effect)
     assert off(fused["mlx"], unfused) <= across
-    halves = survival.effect(bare["torch"], unfused, logits("torch", tmp_path / "keep"))
+    halves = effect_of(bare["torch"], unfused, logits("torch", tmp_path / "keep"))
     assert halves.cosine > 0.9999
     assert halves.kl < 1e-5
 
@@ -65,7 +66,7 @@ def test_a_package_fused_is_unfused(cli, repo, real, tmp_path):
     ids, _ = runtimes.tokenize(base_folder.read(real), runtimes.PROMPTS[:2])
     bare, unfused = logits("torch", real), logits("torch", real, read(adapter))
     fused = runtimes.run_package(tmp_path / "out.mlpackage", None, ids, count=0)[0].logits
-    effect = survival.effect(bare, unfused, fused)
+    effect = effect_of(bare, unfused, fused)
     assert effect.cosine > 0.999
     assert effect.kl < 1e-4
     words = (

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+
+from loraduct.cli import main
 
 pytestmark = pytest.mark.heavy
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,27 +38,49 @@ EQUAL_RANKS = [m for m in METHODS if m.startswith("peft-") and m not in ("peft-c
 TOKENS = np.array([[504, 2780, 553, 719, 5030, 288, 7254, 1155, 338, 260, 2180, 314]])
 
 
-def by_torch(base: Path, folder: Path | None) -> Any:
+EXACT = ("cat", "linear", "peft-cat")
+WEIGHTS = (0.6, 0.4)
+
+
+def by_torch(base: Path, *given: tuple[Path, float]) -> Any:
+    """Logits by transformers, with these adapters active together in stock PEFT, each weighted."""
     torch = pytest.importorskip("torch")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if folder is not None:
-        model = PeftModel.from_pretrained(model, folder)
+    names = [f"a{i}" for i in range(len(given))]
+    for i, (folder, _) in enumerate(given):
+        if i == 0:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=names[0])
+        else:
+            model.load_adapter(folder, adapter_name=names[i])
+    if given:
+        model.base_model.set_adapter(names)
+    for scaling in (getattr(m, "scaling", None) for m in model.modules()):
+        for name, (_, weight) in zip(names, given, strict=True):
+            if isinstance(scaling, dict) and name in scaling:
+                scaling[name] *= weight
     with torch.no_grad():
         return model.eval()(torch.from_numpy(TOKENS)).logits[0].double().numpy()
 
 
-def by_mlx(base: Path, folder: Path) -> Any:
+def by_mlx(base: Path, folder: Path | None) -> Any:
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
     model, _ = load_model(base)
-    load_adapters(model, str(folder))
+    if folder is not None:
+        load_adapters(model, str(folder))
     model.set_dtype(mx.float32)
     return np.array(model.eval()(mx.array(TOKENS))[0].astype(mx.float32)).astype(np.float64)
+
+
+def cosine(x: Any, y: Any) -> float:
+    """Of two effects on logits; softmax does not see a position's mean."""
+    x, y = (z - z.mean(-1, keepdims=True) for z in (x, y))
+    return float(np.vdot(x, y) / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 @pytest.fixture(scope="module")
@@ -64,36 +92,86 @@ def base(repo: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def effects(repo: Path, base: Path) -> tuple[Any, dict[str, Any]]:
-    """Logits of the base, and what either adapter alone adds to them."""
-    bare = by_torch(base, None)
-    return bare, {n: by_torch(base, repo / "examples" / n) - bare for n in ("summary", "reply")}
+def bare(base: Path) -> dict[str, Any]:
+    """The base's logits in either runtime."""
+    return {"torch": by_torch(base), "mlx": by_mlx(base, None)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two adapters, what PEFT computes more with both than with none (weighted), and with either
+    alone; ``exact``: their sum as an adapter."""
+
+    folders: tuple[Path, Path]
+    both: Any
+    alone: tuple[Any, Any]
+    exact: Path
+
+
+@pytest.fixture(scope="module")
+def pairs(
+    repo: Path, base: Path, bare: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], Pair]:
+    """Of the trained pair as it is, or at equal ranks, which PEFT's formulas need."""
+    made: dict[bool, Pair] = {}
+
+    def get(equal: bool) -> Pair:
+        if equal not in made:
+            home = tmp_path_factory.mktemp("pair")
+            one, two = (repo / "examples" / n for n in ("summary", "reply"))
+            if equal:
+                ran("resize", one, "--rank", 4, "-o", home / "summary")
+                one = home / "summary"
+            given = list(zip((one, two), WEIGHTS, strict=True))
+            ran("merge", one, two, "--weights", "0.6,0.4", "--method", "cat", "-o", home / "exact")
+            none = bare["torch"]
+            first, second = (by_torch(base, g) - none for g in given)
+            both = by_torch(base, *given) - none
+            made[equal] = Pair((one, two), both, (first, second), home / "exact")
+        return made[equal]
+
+    return get
+
+
+def ran(*words: object) -> str:
+    done = CliRunner().invoke(main, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_in_both(
-    cli: Any, repo: Path, base: Path, tmp_path: Path, effects: Any, method: str
+    base: Path, tmp_path: Path, bare: dict[str, Any], pairs: Callable[[bool], Pair], method: str
 ) -> None:
-    """The merged effect has something of either adapter's, and is the same in both runtimes."""
-    pair = [repo / "examples" / "summary", repo / "examples" / "reply"]
-    if method in EQUAL_RANKS:
-        assert cli("resize", pair[0], "--rank", 4, "-o", tmp_path / "summary").exit_code == 0
-        pair[0] = tmp_path / "summary"
+    """The merged adapter has the effect of both adapters together, in both runtimes.
+
+    Exact methods: it is what PEFT computes with both active. Of the others ``diff`` says how near
+    their update is to the exact sum (cosine, over all weights); the effect is to be as near at
+    least, and nearer to that of both than to that of either alone: one left out would not be.
+    """
+    pair = pairs(method in EQUAL_RANKS)
     out, other = tmp_path / "out", tmp_path / "mlx"
-    done = cli("merge", *pair, "--weights", "0.6,0.4", "--method", method, *METHODS[method],
-               "-o", out)  # fmt: skip
-    assert done.exit_code == 0, done.output
-    done = cli("convert", out, "--to", "mlx", "--base", base, "-o", other)
-    assert done.exit_code == 0, done.output
-    bare, alone = effects
-    found = by_torch(base, out) - bare
-    assert np.isfinite(found).all()
-    size = float(np.linalg.norm(found))
-    cosines = {n: float(np.vdot(found, e) / (size * np.linalg.norm(e))) for n, e in alone.items()}
-    share = {n: size / float(np.linalg.norm(e)) for n, e in alone.items()}
-    print(f"{method}: size over each {share}, cosine with each {cosines}")
-    assert max(cosines.values()) > 0.2
-    assert np.abs(by_mlx(base, other) - bare - found).max() < 2e-3 * np.abs(bare).max()
+    ran("merge", *pair.folders, "--weights", "0.6,0.4", "--method", method, *METHODS[method],
+        "-o", out)  # fmt: skip
+    ran("convert", out, "--to", "mlx", "--base", base, "-o", other)
+    near = json.loads(ran("diff", out, pair.exact, "--json"))["cosine"]
+    found = {"torch": by_torch(base, (out, 1.0)) - bare["torch"]}
+    found["mlx"] = by_mlx(base, other) - bare["mlx"]
+    size = float(np.abs(bare["torch"]).max())
+    assert np.abs(found["mlx"] - found["torch"]).max() < 2e-3 * size
+    for runtime, effect in found.items():
+        assert np.isfinite(effect).all()
+        kept, alone = cosine(effect, pair.both), [cosine(effect, e) for e in pair.alone]
+        print(f"{method} in {runtime}: {kept:.4f} of both (dW {near:.4f}), of either {alone}")
+        if method in EXACT:
+            assert near == pytest.approx(1, abs=1e-6)
+            bound = {"torch": 1e-5, "mlx": 2e-3}[runtime]
+            assert np.abs(effect - pair.both).max() < bound * size
+        assert kept >= near - 1e-5  # of which the float32 logits are good
+        assert kept > max(alone)
+    for one, two in (pair.alone, pair.alone[::-1]):  # what the last line is worth
+        assert cosine(one, pair.both) < cosine(one, one) - 0.05
+        assert cosine(two, one) < 0.5
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])

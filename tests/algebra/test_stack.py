@@ -177,3 +177,76 @@ def test_one_adapter_alone(cli: Any, three: list[Path], tmp_path: Path) -> None:
     assert stored(tmp_path / "back") == stored(three[1])
     done = cli("unstack", tmp_path / "stack", "--only", "four", "-o", tmp_path / "other")
     assert "there is no" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A tiny mixture of experts, and three adapters of it as `mlx_lm.lora` saves them: of different
+    ranks and scales, one on a part of the modules, one in float16."""
+    pytest.importorskip("mlx_lm")
+    pytest.importorskip("peft")
+    import mlx.core as mx
+    import peers
+    import zoo
+    from zoo_moe import MOE
+
+    home, moe = tmp_path_factory.mktemp("experts"), MOE["qwen3_moe"]
+    kind = zoo.Architecture(zoo.rope() | moe.config, tuple(moe.modules), moe.mlx_config)
+    base = zoo.build("qwen3_moe", home / "base", kind).path
+    few = ["mlp.switch_mlp.gate_proj", "self_attn.q_proj"]
+    for name, more in (
+        ("a", {"rank": 4, "scale": 2.5}),
+        ("b", {"rank": 3, "scale": 1.7}),
+        ("c", {"rank": 2, "scale": 20.0, "keys": few}),
+    ):
+        peers.save_mlx(base, home / name, zoo.TOKENS, num_layers=2, **more)
+    peers.cast_mlx(home / "b", mx.float16)
+    return base, [home / n for n in "abc"]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["with its base", "without"])
+def test_experts_of_mlx(
+    cli: Any, experts: tuple[Path, list[Path]], tmp_path: Path, given: bool
+) -> None:
+    """Stock mlx-lm runs the stack as the base with each adapter's dW, by mlx-lm's own fuse, added."""
+    import mlx.core as mx
+    import peers
+    import zoo
+
+    base, folders = experts
+    words = ["--base", base] if given else []
+    done = cli("stack", *folders, *words, "-o", tmp_path / "stack")
+    assert done.exit_code == 0, done.stderr
+    held = st.load_file(tmp_path / "stack" / WEIGHTS["mlx"])
+    switch = {k: v.shape for k, v in held.items() if "switch_mlp.gate_proj" in k}
+    assert {s[0] for s in switch.values()} == {4}
+    assert {s[1 if k.endswith("lora_a") else 2] for k, s in switch.items()} == {9}  # 4 + 3 + 2
+    model = peers.mlx_base(base)
+    for folder in folders:  # the same values in float32: mlx-lm fuses in the factors' precision
+        wide = peers.copy_adapter(folder, tmp_path / "wide" / folder.name)
+        peers.cast_mlx(wide, mx.float32)
+        for name, delta in peers.mlx_deltas(base, wide).items():
+            module = dict(model.named_modules())[name]
+            module.weight = module.weight + mx.array(delta.astype(np.float32))
+    found = peers.mlx_logits(base, tmp_path / "stack", zoo.TOKENS)
+    plain = peers.mlx_logits(base, None, zoo.TOKENS)
+    peers.assert_same_logits(found, peers.mlx_run(model, zoo.TOKENS), plain)
+    done = cli("unstack", tmp_path / "stack", "-o", tmp_path / "back")
+    assert done.exit_code == 0, done.stderr
+    for folder in folders:
+        assert stored(tmp_path / "back" / folder.name) == stored(folder)
+        assert config(tmp_path / "back" / folder.name) == config(folder)
+
+
+def test_experts_of_mlx_beside_others_are_refused(
+    cli: Any, experts: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """What is gate_proj and up_proj in one is one parameter in the other: said before it is written."""
+    base, folders = experts
+    done = cli("convert", folders[0], "--to", "peft", "--base", base, "-o", tmp_path / "p")
+    assert done.exit_code == 0, done.stderr
+    for pair, to in (((tmp_path / "p", folders[1]), "mlx"), (folders[:2], "peft")):
+        done = cli("stack", *pair, "--base", base, "--to", to, "-o", tmp_path / "out")
+        assert done.exit_code == 1
+        assert "stack MLX adapters alone, with --to mlx, or convert it" in done.stderr
+        assert not (tmp_path / "out").exists()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from mlx_lm.utils import load_model
 
-from loraduct.validation import survival
+from loraduct.converters import fuse_folder
+from loraduct.validation.effect import effect as effect_of
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PARTS = ("weight", "scales", "biases")
@@ -150,10 +151,26 @@ def test_packed_as_mlx_packs(cli, bases, tmp_path):
             )
 
 
-def test_remedies_compared_and_one_recommended(cli, bases, tmp_path):
+def test_remedies_compared_and_one_recommended(cli, bases, tmp_path, monkeypatch):
+    """Each is written once, and what is left is what the chosen one writes alone."""
     plain, packed = bases()
     adapter = small(plain, tmp_path / "a", 0.02)
-    said = fused(cli, packed, adapter, tmp_path / "out", "--remedy", "auto")
+    write, written = fuse_folder.write, []
+
+    def counted(made, stage):
+        written.append(stage.name)
+        return write(made, stage)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fuse_folder, "write", counted)
+        said = fused(cli, packed, adapter, tmp_path / "out", "--remedy", "auto")
+    assert sorted(written) == ["bits", "compensate", "none"]
+    alone = tmp_path / "alone"
+    fused(cli, packed, adapter, alone, "--remedy", said["remedy"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == {
+        p.name: p.read_bytes() for p in alone.iterdir()
+    }
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "out", "alone"}
     rows = {r["remedy"]: r for r in said["remedies"]}
     assert rows.keys() == {"none", "compensate", "bits"}
     assert all(r["effect"] is not None for r in rows.values())
@@ -200,14 +217,17 @@ def test_effect_is_that_of_the_logits():
     move = [rng.standard_normal(b.shape) for b in base]
     unfused = [b + m for b, m in zip(base, move, strict=True)]
     half = [b + m / 2 for b, m in zip(base, move, strict=True)]
-    exact = survival.effect(base, unfused, unfused)
+    exact = effect_of(base, unfused, unfused)
+    level = [u + rng.standard_normal((len(u), 1)) for u in unfused]  # which softmax does not see
+    assert effect_of(base, unfused, level).cosine == pytest.approx(1)
+    assert effect_of(base, unfused, level).size == pytest.approx(1)
     assert (exact.cosine, exact.size, exact.kl) == pytest.approx((1, 1, 0), abs=1e-12)
-    assert survival.effect(base, unfused, half).cosine == pytest.approx(1)
-    assert survival.effect(base, unfused, half).size == pytest.approx(0.5)
-    assert survival.effect(base, unfused, base).cosine == 0
+    assert effect_of(base, unfused, half).cosine == pytest.approx(1)
+    assert effect_of(base, unfused, half).size == pytest.approx(0.5)
+    assert effect_of(base, unfused, base).cosine == 0
     p, q = (torch.log_softmax(torch.tensor(np.concatenate(x)), -1) for x in (unfused, half))
     wanted = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").item() / 8
-    assert survival.effect(base, unfused, half).kl == pytest.approx(wanted)
+    assert effect_of(base, unfused, half).kl == pytest.approx(wanted)
 
 
 def test_tied_and_packed_gets_a_head_of_its_own(cli, bases, tmp_path):

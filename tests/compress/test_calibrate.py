@@ -17,7 +17,7 @@ from loraduct.converters import coreml as builder  # noqa: E402
 from loraduct.errors import Refused  # noqa: E402
 from loraduct.formats import base as base_folder  # noqa: E402
 from loraduct.formats.coreml import package as packages  # noqa: E402
-from loraduct.validation import calibrate  # noqa: E402
+from loraduct.validation import calibrate, calibrate_base  # noqa: E402
 
 ROWS = [families.tokens(n)[0].tolist() for n in (11, 7)]
 FORMS = {
@@ -79,7 +79,7 @@ def test_moments_of_a_package_are_those_that_torch_sees(
 
 def test_moments_of_a_base_are_those_of_its_norms_results(world: Any) -> None:
     model, folder = world
-    found = calibrate.of_base(base_folder.read(folder), ROWS)
+    found = calibrate_base.Runner(base_folder.read(folder)).second_moments(ROWS)
     sums: dict[str, Any] = {}
     with torch.no_grad():
         for row in ROWS:
@@ -98,11 +98,16 @@ def test_moments_of_a_base_are_those_of_its_norms_results(world: Any) -> None:
         assert np.allclose(found[name], total.numpy() / count, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("kind", ["package", "base"])
 def test_a_probe_is_the_loss_that_torch_finds_and_leaves_no_trace(
-    world: Any, tmp_path: Path
+    world: Any, tmp_path: Path, kind: str
 ) -> None:
     model, folder = world
-    runner = package_of(folder, tmp_path / "x.mlpackage")
+    runner: Any = calibrate_base.Runner(base_folder.read(folder))
+    name = "model.layers.1.mlp.up_proj.weight"
+    if kind == "package":
+        runner = package_of(folder, tmp_path / "x.mlpackage")
+        name = "model_layers_1_mlp_up_proj_weight"
     loss = calibrate.probe(runner, ROWS)
     before = runner.logits(ROWS)
     layer = model.model.layers[1].mlp.up_proj
@@ -124,10 +129,10 @@ def test_a_probe_is_the_loss_that_torch_finds_and_leaves_no_trace(
             layer.weight.copy_(kept)
     wanted = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
     assert wanted > 1e-4
-    got = loss({"model_layers_1_mlp_up_proj_weight": changed.numpy()})
+    got = loss({name: changed.numpy()})
     assert got == pytest.approx(wanted, rel=0.02)
     assert loss({"no_such_weight": changed.numpy()}) is None
-    assert loss({"model_layers_1_mlp_up_proj_weight": kept.numpy()}) == pytest.approx(0, abs=1e-9)
+    assert loss({name: kept.numpy()}) == pytest.approx(0, abs=1e-9)
     assert all(np.array_equal(x, y) for x, y in zip(before, runner.logits(ROWS), strict=True))
 
 

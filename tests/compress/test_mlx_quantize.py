@@ -76,6 +76,29 @@ def test_optimal_is_read_by_mlx_with_less_error(kind: str, bits: int) -> None:
             assert errors["optimal"].sum() < 0.95 * errors["mlx"].sum()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+def test_importance_is_in_the_scales_and_mlx_reads_them(kind: str, bits: int) -> None:
+    counts = np.random.default_rng(6).gamma(0.3, 9.0, 256)
+    counts[32:64] = 0  # a group whose inputs never occur
+    for w in weights(kind)[:2]:
+        plain = quantize(w, bits, 32, mode="optimal")
+        found = quantize(w, bits, 32, mode="optimal", importance=counts)
+        dense = mx.dequantize(
+            *map(to_mlx, (found.weight, found.scales, found.biases)), group_size=32, bits=bits
+        )
+        same(dequantize(found), dense)
+        errors = [
+            ((dequantize(p).astype(np.float64) - w.astype(np.float64)) ** 2 * counts)
+            .reshape(-1, 32)
+            .sum(1)
+            for p in (found, plain, quantize(w, bits, 32))
+        ]
+        assert (errors[0] <= errors[2] * (1 + 1e-6)).all()
+        if len(w) == 96:
+            assert errors[0].sum() < 0.9 * errors[1].sum()
+
+
 def test_codes_are_read_as_they_are_meant() -> None:
     w = weights("bfloat16")[1]
     same(quantize(w.view(np.uint16), bf16=True).scales, to_mlx(quantize(w).scales))

@@ -62,6 +62,9 @@ PEFTS = {
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]}),
     "tied, one side": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
     "tied, the other": ("qwen2", {"target_modules": ["lm_head"]}),
+    "tied, tokens": ("qwen2", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]}),
+    "tied, tokens beside the head": ("qwen2", {
+        "target_modules": ["lm_head"], "trainable_token_indices": [3, 44]}),
     "dora on an embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "experts": ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"],
                               "target_modules": ["q_proj"]}),
@@ -146,8 +149,9 @@ def test_read_in_another_thread_runs_in_this_one(peers, fusing, bases, adapters)
         assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-def test_what_fusing_would_do_to_the_other_side_is_refused(peers, fusing, bases, tmp_path):
-    adapter = fusing.trained(bases("qwen2"), tmp_path / "a", target_modules=["lm_head"])
+@pytest.mark.parametrize("more", [{}, {"trainable_token_indices": [3, 44]}], ids=["", "tokens"])
+def test_what_fusing_would_do_to_the_other_side_is_refused(peers, fusing, bases, tmp_path, more):
+    adapter = fusing.trained(bases("qwen2"), tmp_path / "a", target_modules=["lm_head"], **more)
     model = peers.mlx_base(bases("qwen2"))
     with (
         AdapterPool(model, bases("qwen2"), fused=True) as pool,

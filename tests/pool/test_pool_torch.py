@@ -237,3 +237,31 @@ def test_every_format_on_one_model(cli, fusing, bases, adapters, tmp_path):
             if name == "packed":
                 bound = 0.05 * np.abs(wanted - plain).max()
             assert np.abs(found - wanted).max() <= bound, name
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("side", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("split", [False, True], ids=["one adapter", "two"])
+def test_tokens_beside_an_update_of_a_tied_weight_are_refused(
+    fusing, bases, tmp_path, fused, side, split
+):
+    """Of an embedding PEFT can't train both in one adapter; the model stays as it was."""
+    base, tokens = bases("qwen2"), {"trainable_token_indices": [3, 44]}
+    if side == "embed_tokens" and not split:
+        with pytest.raises(TypeError, match="trainable_token_indices cannot be applied"):
+            fusing.trained(base, tmp_path / "a", target_modules=[side], **tokens)
+        return
+    first = ["q_proj"] if split else [side]
+    given = {"a": fusing.trained(base, tmp_path / "a", 1, target_modules=first, **tokens)}
+    if split:
+        given["b"] = fusing.trained(base, tmp_path / "b", 2, target_modules=[side])
+    model = fusing.loaded(base)
+    before = fingerprint(model)
+    with AdapterPool(model, base, fused=fused) as pool:
+        for name, folder in given.items():
+            pool.load(name, folder)
+        with pytest.raises(Refused, match="is adapted and replaced at once") as caught:
+            pool.activate(*given)
+        assert "\n" not in str(caught.value)
+        assert fingerprint(model)[0] == before[0]
+    assert fingerprint(model) == before

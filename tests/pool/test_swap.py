@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loraduct import AdapterPool, formats
+from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
 from loraduct.formats.options import ReadOptions
 from loraduct.validation import suites, swap
@@ -14,6 +15,10 @@ class Runs:
     """Tokens of one prompt."""
 
     ids = ([5, 17, 3, 44, 60, 9],)
+
+    @staticmethod
+    def progress(what):
+        assert what
 
 
 def context(base, *paths, pool=AdapterPool, **more):
@@ -92,7 +97,56 @@ def test_without_a_pool(bases, adapters):
         swap.run(context(bases("llama"), adapters["one"], pool=None))
 
 
-def test_command(cli, bases, adapters, monkeypatch):
+def test_every_step_is_compared(bases, adapters):
+    """A pool that is wrong only after an eviction, in a state that did not change."""
+
+    class Shakes(AdapterPool):
+        def evict(self, name):
+            super().evict(name)
+            if self.active:
+                found = [(self._entries[n].held, 1.01 * w) for n, w in self.active]
+                self._runtime.show(found)
+
+    found = swap.run(
+        context(bases("llama"), adapters["one"], adapters["two"], adapters["norms"], pool=Shakes)
+    )
+    assert found.numbers["compared"] == 200
+    (check,) = (c for c in found.checks if c.name == "outputs")
+    assert check.status == "failed"
+    assert "(evict): logits are off by" in check.detail
+
+
+def test_what_no_pool_takes_is_skipped_and_named(bases, adapters):
+    class Picky(AdapterPool):
+        def load(self, name, path, options=None):
+            raise Refused(path, "is not to my taste")
+
+    with pytest.raises(suites.CannotRun, match="is not to my taste"):
+        swap.run(context(bases("llama"), adapters["one"], pool=Picky))
+
+
+def test_a_base_without_weights_is_skipped(bases, adapters, tmp_path):
+    (tmp_path / "config.json").write_text((bases("llama") / "config.json").read_text())
+    with pytest.raises(suites.CannotRun, match="no weights"):
+        swap.run(context(tmp_path, adapters["one"]))
+
+
+@pytest.mark.usefixtures("every_suite")
+def test_all_suites_run_unless_some_are_asked_for(cli, bases, adapters):
+    import json
+
+    done = cli("validate", adapters["one"], "--base", bases("llama"), "--json")
+    assert done.exit_code == 0, done.output
+    found = {s["name"]: s for s in json.loads(done.stdout)["suites"]}
+    skipped = {n: s["reason"] for n, s in found.items() if s["status"] != "passed"}
+    assert skipped.keys() == {"parity", "quality"}
+    assert "one adapter" in skipped["parity"]
+    assert "--text FILE" in skipped["quality"]
+    assert found["swap"]["numbers"]["compared"] == 200
+    assert found["latency"]["numbers"]["tokens_per_second"] > 0
+
+
+def test_command(cli, bases, adapters):
     import json
 
     done = cli(

@@ -19,9 +19,6 @@ MODULES = {
     "self_attn.o_proj": (64, 64), "mlp.gate_proj": (64, 96), "mlp.up_proj": (64, 96),
     "mlp.down_proj": (96, 64),
 }  # fmt: skip
-# False alarms that are still to be mended: the bound on logits of a package whose base is compressed is
-# drawn from what the compression does to the base alone; these adapters make more of it.
-OPEN = {71, 95}
 WAYS = ("mlx", "mlx", "back", "packed", "coreml", "coreml-lut")
 
 
@@ -69,7 +66,7 @@ def drawn(base: Path, to: Path, rng: Any) -> str:
                 config["rank_pattern"][n.split(".")[-1]] = int(rng.integers(1, 17))
             if rng.random() < 0.5:
                 config["alpha_pattern"][f"layers.1.{n}"] = int(rng.integers(1, 65))
-    size = float(rng.choice([0.02, 0.05, 0.1]))
+    size = float(rng.choice([0.02, 0.05, 0.1, 0.3]))
     tensors = {}
     for layer in range(2):
         for n in chosen:
@@ -135,9 +132,5 @@ def test_some(world: Any, judge: Judge, package: Path, tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_a_hundred(world: Any, judge: Judge, package: Path, tmp_path: Path) -> None:
-    bad = [
-        judged(world, judge, package, tmp_path, seed)
-        for seed in range(QUICK, COUNT)
-        if seed not in OPEN
-    ]
+    bad = [judged(world, judge, package, tmp_path, seed) for seed in range(QUICK, COUNT)]
     assert not (wrong := list(filter(None, bad))), "\n".join(wrong)
