@@ -89,6 +89,10 @@ def decompress(target: Path, output: Path, *, force: bool) -> Outcome:
 
 
 def _check_wanted(target: Path, wanted: Wanted) -> None:
+    if wanted.quantize is None:
+        for option, asked in wanted.of_integers.items():
+            if asked:
+                raise Refused(target, f"is a base: {option} goes with --quantize int8 or int4")
     if (wanted.quantize or "").startswith("mlx"):
         for option, asked in wanted.of_integers.items():
             if asked:
