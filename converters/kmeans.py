@@ -34,6 +34,7 @@ QUICK = {
     4: CAREFUL[8],
     256: ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3)),
 }
+FEW, WIDE = 8, 64  # so few clusters start from the joint optimum over so many places
 ROUNDS = 40  # at most, per stride: a bound that real weights don't reach
 BLOCK = {False: 8, True: 48}  # rows at once, by ``quick``: their tables of gains stay in the cache
 
@@ -136,7 +137,7 @@ def _refined(points: Points, rows: Any, k: int, *, schedule: Schedule) -> tuple[
     """From density^(1/3) to joint moves of all boundaries, coarse to fine."""
     import numpy as np
 
-    bounds, error = _spread(points, rows, k), np.full(len(rows), np.inf)
+    bounds, error = _first(points, rows, k), np.full(len(rows), np.inf)
     low = np.arange(1, k)  # every cluster keeps at least one value
     high = points.count[rows][:, None] - np.arange(k - 1, 0, -1)
     for parts, reach, enough in schedule:
@@ -153,6 +154,21 @@ def _refined(points: Points, rows: Any, k: int, *, schedule: Schedule) -> tuple[
             if not len(active):
                 break
     return bounds, error
+
+
+def _first(points: Points, rows: Any, k: int) -> Any:
+    """Boundaries to start from: by density, or the best of WIDE such places where clusters are few.
+
+    Few clusters can be far from the optimum and yet in a local one: an outlier has a cluster of its own
+    there, or has none.
+    """
+    import numpy as np
+
+    if k > FEW:
+        return _spread(points, rows, k)
+    places = np.minimum(_spread(points, rows, WIDE)[:, 1:-1], points.count[rows][:, None] - 1)
+    every = np.broadcast_to(places[:, None, :], (len(rows), k - 1, places.shape[1]))
+    return _best(points, rows, every)[0]
 
 
 def _candidates(bounds: Any, parts: int, reach: int) -> Any:
