@@ -32,6 +32,7 @@ CAREFUL = {
 }
 QUICK = {
     4: CAREFUL[8],
+    16: ((3, 12, 1e-3), (16, 24, 1e-4), (128, 16, 1e-4)),
     256: ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3)),
 }
 FEW, WIDE = 8, 64  # so few clusters start from the joint optimum over so many places
