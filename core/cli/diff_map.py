@@ -91,12 +91,6 @@ def picture(found: Diff, names: Sequence[str]) -> bytes:
         )
         taken = heading.get_window_extent(canvas.get_renderer()).width / figure.bbox.width
         heading.set_fontsize(9.5 * min(1.0, 0.96 / taken))  # letters may be wider than most
-        taken = heading.get_window_extent(canvas.get_renderer()).width / figure.bbox.width
-        heading.set_fontsize(9.5 * min(1.0, 0.96 / taken))  # letters may be wider than most
-        taken = heading.get_window_extent(canvas.get_renderer()).width / figure.bbox.width
-        heading.set_fontsize(9.5 * min(1.0, 0.96 / taken))  # letters may be wider than most
-        taken = heading.get_window_extent(canvas.get_renderer()).width / figure.bbox.width
-        heading.set_fontsize(9.5 * min(1.0, 0.96 / taken))  # letters may be wider than most
         for axes, (title, value, _, colours, ends) in zip(
             figure.subplots(len(MAPS), squeeze=False)[:, 0], MAPS, strict=True
         ):
