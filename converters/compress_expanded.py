@@ -79,9 +79,7 @@ def _planned(
     """How each is stored. ``rest``: bytes of the tensors that stay as they are. Raises Refused."""
     try:
         if wanted.palettize is None and wanted.quantize is None:
-            return budgeted(
-                weights, wanted, NEW, lambda w: _values(held[w.name]), rest, relative=True
-            )
+            return budgeted(weights, wanted, NEW, lambda w: _values(held[w.name]), rest)
         way = integers(wanted) if wanted.quantize else (
             Way("lut", wanted.palettize or 0, wanted.group_size or 0)
         )  # fmt: skip

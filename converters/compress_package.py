@@ -36,7 +36,6 @@ from loraduct.formats.coreml import record
 from loraduct.formats.coreml.package import Package, read
 
 __all__ = ["compress", "decompress"]
-TEXT = 320  # bytes that a rewritten operation adds to the program, at most (measured: 230)
 
 
 def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
@@ -104,7 +103,7 @@ def _planned(
         plan.importance = importance(chosen, moments)
         return plan
     of_adapters = plans.fixed([w for w in held if w.group == ADAPTER], ways, form)
-    rest = report.before + sum(TEXT * len(w.users) for w in held if w.reason is None)
+    rest = report.before + sum(plans.TEXT * len(w.users) for w in held if w.reason is None)
     if package.functions:
         rest -= package.blobs.size
     for w in held:

@@ -19,6 +19,7 @@ from loraduct.text import size as shown_size
 BLOCK = (
     32  # input channels per scale, where --granularity block says no more (coremltools' default)
 )
+TEXT = 320  # bytes that a rewritten operation adds to the program, at most (measured: 230)
 SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
 PROBES = 64  # runs that measure what errors do, about at most
@@ -128,14 +129,19 @@ def by_rows(way: Way) -> bool:
 
 
 def candidates(wanted: Wanted, form: str) -> list[Way]:
-    """What a budget chooses among: all widths, and with a calibration how many rows share a table."""
+    """What a budget chooses among: all widths, with a scale per row, and with a calibration also how many
+    rows share a table. Scales keep loud rows from taking the table's entries, which hurts the predictions
+    more than squared errors tell (docs/compression.md)."""
     if form == OLD:
         return [Way("lut", width) for width in widths(form)]
     scaled, known = wanted.per_channel_scale, widths(form)
-    if wanted.group_size is not None or wanted.calibration is None:
-        return [Way("lut", b, wanted.group_size or 0, scaled) for b in known]
+    if wanted.group_size is not None:
+        return [Way("lut", b, wanted.group_size, scaled) for b in known]
+    rows = [Way("lut", b, 0, True) for b in known]
+    if wanted.calibration is None or scaled:
+        return rows
     # tables of more entries than that take more than they save
-    return [Way("lut", b, g, scaled) for g in GROUPS for b in known if not g or 1 << b <= 16 * g]
+    return [*rows, *(Way("lut", b, g) for g in GROUPS for b in known if not g or 1 << b <= 16 * g)]
 
 
 def budgeted(
@@ -144,22 +150,23 @@ def budgeted(
     form: str,
     read: Read,
     rest: int,
-    *,
-    relative: bool = False,
 ) -> Plan:
     """A way for each tensor of the base, so that all fit and the error is the least.
 
-    The error is the sum of squares (``relative``: to the mean square of its tensor); with a calibration,
-    of what it counts in the outputs, times how much the predictions lose by that. ``rest``: bytes of the
-    package besides these tensors, of which --size speaks too. Raises Refused for a budget that can't be
-    met, with the least that can.
+    The error is the sum of squares, each to the mean square of its tensor: layers stand behind norms, so
+    how large one is says little of what its errors do. With a calibration it is that of the outputs, times
+    how much the predictions lose by it. ``rest``: bytes of the package besides these tensors, of which
+    --size speaks too. Raises Refused for a budget that can't be met, with the least that can.
     """
     free = [w for w in weights if w.group == BASE and w.reason is None and w.count >= SMALLEST]
     known = candidates(wanted, form)
-    smallest = {w.offset: _fitting(w, known, form) for w in free}
-    least = sum(
-        min(stored_bytes(w, way, form) for way in [None, *smallest[w.offset]]) for w in free
-    )
+
+    def nbytes(weight: Weight, way: Way | None) -> int:
+        """In the weight file; of --size also a second operation, which scales take."""
+        second = way is not None and way.scaled and wanted.size is not None
+        return stored_bytes(weight, way, form) + TEXT * len(weight.users) * second
+
+    least = sum(min(nbytes(w, way) for way in [None, *_fitting(w, known, form)]) for w in free)
     if wanted.size is not None:
         limit = wanted.size - rest
     else:
@@ -178,16 +185,13 @@ def budgeted(
     if wanted.calibration is not None and wanted.calibration.loss is not None:
         counts = sensitivities(free, plan, form, read, wanted.calibration)
         plan.predicted = bool(counts)
-    if relative and not counts:
+    if not counts:
         counts = {w.offset: w.count / (plan.norms[w.offset] or 1.0) for w in free}
     choices = {}
     for weight in free:
         errors = plan.errors[weight.offset]
-        found = [bits.Choice(i, stored_bytes(weight, way, form), e)
-                 for i, (way, e) in enumerate(errors.items())]  # fmt: skip
-        choices[str(weight.offset)] = [
-            *found, bits.Choice(-1, stored_bytes(weight, None, form), 0.0)
-        ]  # fmt: skip
+        found = [bits.Choice(i, nbytes(weight, w), e) for i, (w, e) in enumerate(errors.items())]
+        choices[str(weight.offset)] = [*found, bits.Choice(-1, nbytes(weight, None), 0.0)]
     made = bits.plan(choices, limit, importance={str(at): s for at, s in counts.items()})
     for weight in free:
         chosen = int(made.widths[str(weight.offset)])

@@ -7,7 +7,8 @@ maximises the sum of that. Few values are solved over all positions, exactly. Ot
 has candidates around where it stands, in steps of a part of the clusters it passes through, and the
 programme finds the joint optimum over them; from wide steps to narrow ones, each until little is
 gained. With steps of whole clusters' parts a cluster can vanish at one place and another be split at a
-second, all between them moving on by one, which single boundaries never do.
+second, all between them moving on by one, which single boundaries never do. Neighbours that move move
+about alike, so of the places of the one before only a band is tried for each place of a boundary.
 
 All rows (groups of a tensor, or tensors) are solved together, so numpy's loops are long.
 """
@@ -19,21 +20,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-Schedule = tuple[tuple[int, int, float], ...]
+Schedule = tuple[tuple[int, int, int, float], ...]
 EXACT = 96  # so many distinct values or fewer: all positions are candidates
 # Rounds: (parts that clusters are cut into, 0 for single values; candidates on each side of a boundary;
-# the share of the error that a round must take off to be followed by another), for up to so many
-# clusters. On SmolLM2's 211 matrices CAREFUL is within 1e-5 of the exact optimum at 2 to 4 bits, and
-# within 3e-5 at 6 and 8 (24 of them); QUICK, in a third of the time, within 3e-4 and 3e-3.
+# the band, how many steps more or less the one before it may have moved; the share of the error that a
+# round must take off to be followed by another), for up to so many clusters. On SmolLM2's 211 matrices
+# CAREFUL is within 1e-5 of the exact optimum at 2 to 4 bits, and within 3e-4 at 6 and 8; QUICK, in a
+# fraction of the time, within 5e-4 and 4e-3.
 CAREFUL = {
-    8: ((4, 16, 1e-3), (32, 64, 1e-4), (256, 32, 1e-5), (0, 16, 1e-6)),
-    32: ((4, 16, 1e-2), (32, 48, 1e-4), (128, 32, 1e-6), (0, 16, 1e-6)),
-    256: ((4, 16, 1e-3), (32, 32, 1e-4), (256, 32, 1e-5)),
+    8: ((4, 16, 8, 1e-3), (32, 64, 32, 1e-4), (256, 32, 16, 1e-5), (0, 16, 8, 1e-6)),
+    32: ((4, 16, 8, 1e-2), (32, 48, 24, 1e-4), (128, 32, 16, 1e-6), (0, 16, 8, 1e-6)),
+    256: ((4, 16, 16, 1e-3), (32, 32, 32, 1e-4), (256, 32, 32, 1e-5)),
 }
 QUICK = {
     4: CAREFUL[8],
-    16: ((3, 12, 1e-3), (16, 24, 1e-4), (128, 16, 1e-4)),
-    256: ((4, 12, 1e-2), (24, 16, 1e-3), (128, 8, 1e-3)),
+    8: ((4, 16, 4, 1e-3), (32, 32, 8, 1e-4), (256, 16, 8, 1e-4)),
+    16: ((4, 16, 4, 1e-3), (16, 16, 6, 1e-4), (128, 16, 8, 1e-4)),
+    256: ((4, 16, 4, 1e-3), (16, 16, 8, 1e-3), (64, 8, 4, 1e-3)),
 }
 FEW, WIDE = 8, 64  # so few clusters start from the joint optimum over so many places
 ROUNDS = 40  # at most, per stride: a bound that real weights don't reach
@@ -131,7 +134,7 @@ def _exact(points: Points, rows: Any, k: int) -> tuple[Any, Any]:
     every = np.arange(1, int(count.max()))
     candidates = np.minimum(every[None, :], count[:, None] - 1)
     candidates = np.broadcast_to(candidates[:, None, :], (len(rows), k - 1, len(every)))
-    return _best(points, rows, candidates)
+    return _best(points, rows, candidates, -len(every), -1)
 
 
 def _refined(points: Points, rows: Any, k: int, *, schedule: Schedule) -> tuple[Any, Any]:
@@ -141,12 +144,12 @@ def _refined(points: Points, rows: Any, k: int, *, schedule: Schedule) -> tuple[
     bounds, error = _first(points, rows, k), np.full(len(rows), np.inf)
     low = np.arange(1, k)  # every cluster keeps at least one value
     high = points.count[rows][:, None] - np.arange(k - 1, 0, -1)
-    for parts, reach, enough in schedule:
+    for parts, reach, band, enough in schedule:
         active = np.arange(len(rows))
         for _ in range(ROUNDS):
             moved = _candidates(bounds[active], parts, reach)
             moved = np.clip(moved, low[:, None], high[active][:, :, None])
-            found, total = _best(points, rows[active], moved)
+            found, total = _best(points, rows[active], moved, -band, band)
             gained = error[active] - total
             better = gained > 0
             bounds[active[better]] = found[better]
@@ -169,7 +172,7 @@ def _first(points: Points, rows: Any, k: int) -> Any:
         return _spread(points, rows, k)
     places = np.minimum(_spread(points, rows, WIDE)[:, 1:-1], points.count[rows][:, None] - 1)
     every = np.broadcast_to(places[:, None, :], (len(rows), k - 1, places.shape[1]))
-    return _best(points, rows, every)[0]
+    return _best(points, rows, every, -places.shape[1], -1)[0]
 
 
 def _candidates(bounds: Any, parts: int, reach: int) -> Any:
@@ -208,41 +211,65 @@ def _spread(points: Points, rows: Any, k: int) -> Any:
     return np.minimum(bounds, count - (k - ahead))  # ... and inside
 
 
-def _best(points: Points, rows: Any, candidates: Any) -> tuple[Any, Any]:
-    """The best boundaries among ``candidates`` (rows, k - 1, T), ascending in T, and their errors."""
+def _best(points: Points, rows: Any, candidates: Any, low: int, high: int) -> tuple[Any, Any]:
+    """The best boundaries among ``candidates`` (rows, k - 1, T), ascending in T, and their errors.
+
+    For candidate t of a boundary those of the one before it are tried from t + ``low`` to t + ``high``.
+    """
     import numpy as np
 
-    count, first = points.count[rows], points.first[rows]
-    at = candidates + first[:, None, None]
-    weight, moment = points.weight[at], points.moment[at]
     length, inner, width = candidates.shape
-    chosen = np.zeros((inner, length, width), np.intp)
-    n, d = (np.empty((length, width, width)) for _ in range(2))
-    # where the first place of a boundary may lie before the last of the one before it
-    cross = (candidates[:, 1:, 0] <= candidates[:, :-1, -1]).any(0)
-    rows_of_d = np.arange(0, d.size, width).reshape(length, width)
+    low, high = max(low, 1 - width), min(high, width - 1)
+    count, first, before = points.count[rows], points.first[rows], max(0, -low)
+    places = np.ascontiguousarray(candidates.transpose(1, 2, 0))  # (boundaries, T, rows)
+    inside = slice(before, before + width)
+    # What lies outside T has no weight to gain by and is worth -inf, so windows need no ends.
+    weight, moment, best = (
+        np.full((inner, before + width + max(0, high), length), fill)
+        for fill in (np.inf, 0.0, -np.inf)
+    )
+    np.take(points.weight, places + first, out=weight[:, inside], mode="clip")
+    np.take(points.moment, places + first, out=moment[:, inside], mode="clip")
+    here = weight[:, inside], moment[:, inside], best[:, inside]
+    there = [_windows(x[:, before + low :], high - low + 1, width) for x in (weight, moment, best)]
+    n, d = (np.empty((high - low + 1, width, length)) for _ in range(2))
+    # where a place of a boundary may not lie behind one of the boundary before it
+    last = np.clip(np.arange(width) + high, 0, width - 1)
+    cross = np.any(places[1:] <= places[:-1, last], axis=(1, 2)).tolist()
     with np.errstate(divide="ignore", invalid="ignore"):
-        best = moment[:, 0] ** 2 / weight[:, 0]
+        np.divide(here[1][0] ** 2, here[0][0], out=here[2][0])
         for j in range(1, inner):
-            # axis 1 is where this boundary goes, axis 2 where the one before it went
-            np.subtract(weight[:, j, :, None], weight[:, j - 1, None, :], out=n)
-            np.subtract(moment[:, j, :, None], moment[:, j - 1, None, :], out=d)
+            np.subtract(here[0][j], there[0][j - 1], out=n)
+            np.subtract(here[1][j], there[1][j - 1], out=d)
             np.multiply(d, d, out=d)
             np.divide(d, n, out=d)
             if cross[j - 1]:
                 np.copyto(d, -np.inf, where=n <= 0)
-            np.add(d, best[:, None, :], out=d)
-            d.argmax(2, out=chosen[j])
-            best = d.reshape(-1)[chosen[j] + rows_of_d]
+            np.add(d, there[2][j - 1], out=d)
+            np.maximum.reduce(d, axis=0, out=here[2][j])
         end = first + count
-        d = points.moment[end][:, None] - moment[:, -1]
-        best = best + d * d / (points.weight[end][:, None] - weight[:, -1])
-    pick = best.argmax(1)
-    every = np.arange(length)
-    error = points.square[rows] - best[every, pick]
-    bounds = np.zeros((length, inner + 2), np.int64)
-    bounds[:, -1] = count
-    for j in range(inner - 1, -1, -1):
-        bounds[:, j + 1] = candidates[every, j, pick]
-        pick = chosen[j][every, pick]
+        d = points.moment[end] - here[1][-1]
+        d = d * d / (points.weight[end] - here[0][-1]) + here[2][-1]
+        every, pick = np.arange(length), d.argmax(0)
+        error = points.square[rows] - d[pick, every]
+        bounds = np.zeros((length, inner + 2), np.int64)
+        bounds[:, -1] = count
+        pick += before
+        steps = np.arange(low, high + 1)[:, None]
+        for j in range(inner - 1, -1, -1):  # the gains again, of what was picked alone
+            bounds[:, j + 1] = places[j, pick - before, every]
+            if j:
+                whence = pick + steps
+                n = weight[j, pick, every] - weight[j - 1][whence, every]
+                d = moment[j, pick, every] - moment[j - 1][whence, every]
+                gain = np.where(n > 0, d * d / n, -np.inf) + best[j - 1][whence, every]
+                pick = whence[gain.argmax(0), every]
     return bounds, error
+
+
+def _windows(x: Any, count: int, width: int) -> Any:
+    """(boundaries, count, width, rows): ``x`` (boundaries, ..., rows) from each of ``count`` places on."""
+    from numpy.lib.stride_tricks import as_strided
+
+    whole, step, each = x.strides
+    return as_strided(x, (len(x), count, width, x.shape[2]), (whole, step, step, each))
