@@ -3,7 +3,7 @@
 The remedies are those of `converters.fuse_packed`; here
 
 * ``none`` keeps tables and scales: each value of the sum gets the code that is nearest;
-* ``rescale`` makes new tables (or scales) of the same width for the sum;
+* ``rescale`` makes new tables (or scales) of the same width for the sum, where they lessen its error;
 * ``compensate`` keeps tables and moves single codes along the inputs that the adapter reads;
 * ``bits`` makes new tables of 8 bits for the layers whose update is largest for its bytes.
 """
@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from loraduct.converters import compress_code, palettize, quantize
+from loraduct.converters import compress_code, palette, palettize, quantize
 from loraduct.converters.compress_code import Found, Way
 from loraduct.converters.fuse_packed import KEEP, MOVES, directions
 from loraduct.converters.fuse_places import Update
@@ -89,14 +89,30 @@ def way_of(code: Code, blocks: Sequence[int | None], *, scaled: bool) -> Way:
     return Way("lut", code.bits, group, scaled, axis=int(across > 1))
 
 
-def renewed(code: Code, updates: Sequence[Update], rows: Rows | None, way: Way, name: str) -> Found:
-    """The matrix with the updates in it, in tables or scales of its own."""
+def renewed(
+    code: Code, updates: Sequence[Update], rows: Rows | None, way: Way, name: str
+) -> Found | Code:
+    """The matrix with the updates in it, in tables or scales of its own.
+
+    Where ``way`` is that of ``code``: with its tables, where they leave no more error. The base's values
+    lie on them, so a small update may find none that are better.
+    """
     import numpy as np
 
     whole = np.concatenate([b.copy() for b in summed(code, updates, rows, name)])
+    found: Found
     if way.kind == "int":
-        return quantize.quantize(whole, compress_code.linear(way, "float16"), name=name)
-    return palettize.palettize(whole, compress_code.tables(way, "float16"), name=name)
+        found = quantize.quantize(whole, compress_code.linear(way, "float16"), name=name)
+    else:
+        found = palettize.palettize(whole, compress_code.tables(way, "float16"), name=name)
+    if way.bits != code.bits:
+        return found
+    old = moved(code, updates, rows, name, compensate=False)
+    own = quantize.expand(found) if isinstance(found, quantize.Linear) else palette.expand(found)
+    kept, new = (
+        float(np.square(values - whole).sum(dtype=np.float64)) for values in (old.values(), own)
+    )
+    return old if kept <= new else found
 
 
 def nearest(code: Code, block: Any, along: Any = None) -> Any:

@@ -95,6 +95,7 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
         kinship(a, base, _kin_of(base, held), options.allow_kin, partial(fingerprint, base))
         for a, _ in adapters
     ]
+    notes += idle(adapters)
     given = [(neutral(a, base), weight) for a, weight in adapters]
     given, head, config, added = _heads(base, given)
     if head is not None:
@@ -213,6 +214,14 @@ def _widened_config(config: Mapping[str, Any], held: Mapping[str, Module]) -> di
     }
     fields = [k for k in ("quantization", "quantization_config") if isinstance(config.get(k), dict)]
     return {**config, **{k: {**config[k], **own} for k in fields}}
+
+
+def idle(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
+    """A note on each adapter of weight 0. Raises Refused where all are."""
+    if not any(weight for _, weight in adapters):
+        raise Refused(adapters[0][0].path, "every weight is 0: nothing is left to fuse")
+    named = [printable(a.path.name, 80) for a, weight in adapters if weight == 0]
+    return [f"{name} has weight 0: it contributes nothing" for name in named]
 
 
 def kinship(

@@ -7,7 +7,7 @@ summed in float32 and rounded once. A compressed one stays in the form it has, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -19,13 +19,14 @@ from loraduct.converters.compress_code import Argument, Way
 from loraduct.converters.compress_sites import NEW, OLD, Weight
 from loraduct.converters.compress_write import copied, replaced
 from loraduct.converters.fuse import EMBEDDINGS, HEAD, moves_one_side
-from loraduct.converters.fuse_folder import Options, kinship
+from loraduct.converters.fuse_folder import Options, idle, kinship
 from loraduct.converters.fuse_packed import WIDE, hurt
 from loraduct.converters.fuse_places import Placed, check_parted, placed
 from loraduct.converters.fuse_stream import fused_tensor
 from loraduct.converters.neutral import neutral
 from loraduct.converters.package import undescribe
 from loraduct.errors import Refused
+from loraduct.formats.coded import Code
 from loraduct.formats.coreml import edit, record, stored
 from loraduct.formats.coreml.blob import CODES, Layout
 from loraduct.formats.coreml.coded import INLINE, argument_in, arguments, code_in
@@ -36,6 +37,7 @@ from loraduct.formats.coreml.program import (
     blob_values,
     mangled,
     type_of,
+    value_of,
 )
 from loraduct.formats.coreml.schema import new
 from loraduct.formats.coreml.stored import PackageBase
@@ -117,6 +119,7 @@ def plan(base: PackageBase, adapters: Sequence[tuple[Adapter, float]], options: 
     if options.dtype != "keep":
         raise Refused(base.path, "is a package: its dtype is kept, --dtype is for model folders")
     notes = [kinship(a, base, base.kin, options.allow_kin) for a, _ in adapters]
+    notes += idle(adapters)
     given = [(neutral(a, base), weight) for a, weight in adapters]
     shapes = {n: t.shape for n, t in base.tensors.items()}
     untied = None
@@ -240,7 +243,8 @@ def write(made: Plan, stage: Path) -> None:
     values: list[tuple[Change, Argument, list[Any]]] = []  # and where they go
     for change in made.changes.values():
         for argument in change.written:
-            there = [v for by in rows for v in _values(by, change.weight.name, argument.key)]
+            stem = mangled(change.weight.name)
+            there = [v for by in rows for v in _values(parts_of(by[stem], by), argument.key)]
             values.append((change, argument, there))
             for value in there:
                 value.ClearField("value")  # so that what nobody else reads is left behind
@@ -280,9 +284,9 @@ def read_through(made: Plan) -> None:
         change.made.clear()
 
 
-def _values(by_name: Mapping[str, Any], name: str, key: str) -> Iterator[Any]:
-    """Where an argument of a parameter stands in one function."""
-    for op in parts_of(by_name[mangled(name)], by_name):
+def _values(parts: Iterable[Any], key: str) -> Iterator[Any]:
+    """An argument of a parameter, of whichever of its operations has it."""
+    for op in parts:
         value = argument_in(op, key)
         if value is not None:
             yield value
@@ -310,16 +314,22 @@ def _made(made: Plan, change: Change) -> dict[str, Any]:
     updates, rows = made.places.updates.get(name, []), made.places.rows.get(name)
     try:
         if change.then is not None:
-            new_code = fuse_coded.renewed(code, updates, rows, change.then, name)
-            return compress_code.values_of(new_code, change.weight, change.form)
-        compensate = made.remedy in ("compensate", "bits")
-        moved = fuse_coded.moved(code, updates, rows, name, compensate=compensate)
+            found = fuse_coded.renewed(code, updates, rows, change.then, name)
+            if not isinstance(found, Code):
+                return compress_code.values_of(found, change.weight, change.form)
+        else:
+            compensate = made.remedy in ("compensate", "bits")
+            found = fuse_coded.moved(code, updates, rows, name, compensate=compensate)
     except Refused as e:
         raise Refused(base.path, str(e)) from None
-    _, codes = next(iter(arguments(moved).values()))
-    key = change.written[0].key
-    old_table = key == "indices" and change.form == OLD
-    return {key: packed(codes, code.bits) if old_table else codes}
+    _, codes = next(iter(arguments(found).values()))
+    first, *others = change.written
+    old_table = first.key == "indices" and change.form == OLD
+    parts = list(parts_of(_op(base, name), base.ops.by_name))
+    held = {a.key: next(_values(parts, a.key)) for a in others}
+    return {first.key: packed(codes, code.bits) if old_table else codes} | {
+        key: value_of(base.package, value, name) for key, value in held.items()
+    }
 
 
 def _untie(ops: edit.Ops) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.computed import given, joined
 from loraduct.converters import lowrank, merge_dense, merge_dora, merge_peft, merge_rest
-from loraduct.converters.merge_names import aligned, labels_of
+from loraduct.converters.merge_names import aligned, labels_of, own_naming
 from loraduct.converters.recipe import Weight, weights_of
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.tensor import Tensor, is_exact
 from loraduct.text import number, several
+
+_LARGEST = 3.4e38  # about float32's: both libraries multiply by the scale in it
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,15 @@ def merge(
     weights: Sequence[Weight],
     settings: Settings,
     base: Base | None = None,
+    to: str = "peft",
 ) -> Merged:
     """One adapter that does what the weighted sum of ``adapters`` does to ``base``.
 
+    ``to``: the format it is for; it has that side's modules where all adapters have them.
     ``weights``: one for each adapter: a number, one a layer, or by module (`recipe`). Reads values,
     but of `cat` without DoRA. Raises Refused naming what can't be had.
     """
-    adapters = aligned(adapters, base)
+    adapters = aligned(adapters, base, own_naming(adapters, to))
     labels = labels_of(adapters)
     if settings.method.startswith("peft-"):
         merge_peft.check(adapters)
@@ -158,6 +162,9 @@ def _parts(
             u = adapter.low_rank.get(name)
             if u is None or weight[name] == 0.0:
                 continue
+            if not abs(weight[name] * u.scale) < _LARGEST:
+                what = f"its scale {number(u.scale)} times the weight {weight[name]:g} is beyond float32"
+                raise Refused(adapter.weights, what, tensor=name)
             first = found.setdefault(name, [(u, weight[name])])[0][0]
             if (first.shape, first.layout) != (u.shape, u.layout):
                 what = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraduct.adapter import Adapter
+from loraduct.architectures import table
 from loraduct.converters import names
 from loraduct.converters.convert import untie
 from loraduct.converters.neutral import neutral
@@ -12,6 +13,7 @@ from loraduct.converters.start import undo
 from loraduct.errors import Refused
 from loraduct.formats import CONFIG, peft_writer
 from loraduct.formats.base import Base, correlation
+from loraduct.modules import pattern_of
 from loraduct.text import printable
 
 # Fields that make of factors something that can't be added to other factors, and why.
@@ -39,11 +41,25 @@ def aligned(
         _check(adapter)
     _check_same_base(adapters, base)
     if base is not None:
-        return [neutral(a, base, naming=naming or "hf") for a in adapters]
+        named = [neutral(a, base, naming=naming or "hf") for a in adapters]
+        for adapter in named:
+            _check_there(adapter, base)
+        return named
     adapters = [undo(a, None, None) for a in adapters]
     if naming == "mlx" or (naming is None and len({a.naming for a in adapters}) == 1):
         return adapters
     return [_in_hf(a) for a in adapters]
+
+
+def own_naming(adapters: Sequence[Adapter], to: str) -> str | None:
+    """mlx-lm's names for adapters that have them and are to be written for it; else None, no wish.
+
+    What is one module there may be two elsewhere (experts, tied embeddings): not taken apart and
+    joined, ranks are those of its own modules. DoRA is: its base may have transformers' names.
+    """
+    dora = any(u.magnitude is not None for a in adapters for u in a.low_rank.values())
+    own = to == "mlx" and all(a.naming == "mlx" for a in adapters)
+    return "mlx" if own and not dora else None
 
 
 def _in_hf(adapter: Adapter) -> Adapter:
@@ -101,6 +117,20 @@ def _check_same_base(adapters: Sequence[Adapter], base: Base | None) -> None:
                 f" {printable(first.base.name)}; if they are one, give it with --base BASE"
             )
             raise Refused(other.path, what)
+
+
+def _check_there(adapter: Adapter, base: Base) -> None:
+    """Refuse a base of a known architecture of which not one of the adapter's modules is a part."""
+    known = table().get(base.architecture)
+    if known is None or not base.has_weights:
+        return
+    for name in adapter.low_rank:
+        pattern = pattern_of(name)
+        if pattern in known.by_hf or pattern in known.by_mlx or base.shape_of(name) is not None:
+            return
+    name = next(iter(adapter.low_rank))
+    what = f"the base {base.path}, a {base.architecture}, has no such module: made for another base"
+    raise Refused(adapter.weights, what, tensor=name)
 
 
 def leaf(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from loraduct.adapter import Adapter, LowRank, Update
 from loraduct.converters import lowrank, merge_dora
 from loraduct.converters.merge import Merged, Module, Settings, truncated
-from loraduct.converters.merge_names import aligned
+from loraduct.converters.merge_names import aligned, own_naming
 from loraduct.formats.base import Base
 from loraduct.text import number
 
@@ -39,9 +39,12 @@ class Wanted:
         return self.energy if self.energy is not None else 1.0 - (self.error or 0.0) ** 2
 
 
-def resize(adapter: Adapter, wanted: Wanted, base: Base | None = None) -> Merged:
-    """The adapter with its ranks cut, and what each module lost of its norm. Reads the values."""
-    adapter = aligned([adapter], base)[0]
+def resize(adapter: Adapter, wanted: Wanted, base: Base | None = None, to: str = "peft") -> Merged:
+    """The adapter with its ranks cut, and what each module lost of its norm. Reads the values.
+
+    ``to``: the format it is for, whose modules are cut where the adapter has their names.
+    """
+    adapter = aligned([adapter], base, own_naming([adapter], to))[0]
     dora = any(u.magnitude is not None for u in adapter.low_rank.values())
     if dora:
         merge_dora.check([adapter], {m: [(u, 1.0)] for m, u in adapter.low_rank.items()}, base)

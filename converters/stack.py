@@ -21,7 +21,7 @@ from loraduct import origin
 from loraduct.adapter import Adapter, BaseRef, LowRank, Replacement, Update
 from loraduct.converters import merge_rest, names
 from loraduct.converters.merge import Merged, Module, Settings, concatenated
-from loraduct.converters.merge_names import aligned, labels_of
+from loraduct.converters.merge_names import aligned, labels_of, own_naming
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.tensor import FLOATS, Tensor, as_float32, from_float, same
@@ -37,13 +37,11 @@ _MADE = ("kasa_config", "use_qalora", "use_bdlora")
 def stack(adapters: Sequence[Adapter], base: Base | None = None, to: str = "peft") -> Merged:
     """One adapter that does what all do together. Raises Refused for what can't be taken apart.
 
-    ``to``: the format it is for. It has that side's names where all adapters have them, so that what
-    is one module there and two elsewhere (experts, tied embeddings) is not taken apart and joined.
+    ``to``: the format it is for; it has that side's names where all adapters have them.
     """
     for adapter in adapters:
         _check(adapter)
-    own = to == "mlx" and all(a.naming == "mlx" for a in adapters)
-    named = aligned(adapters, base, "mlx" if own else "hf")
+    named = aligned(adapters, base, own_naming(adapters, to) or "hf")
     for old, new in zip(adapters, named, strict=True):
         if len(old.low_rank) != len(new.low_rank):
             what = (

@@ -53,7 +53,8 @@ the verb measures what survives:
   texts (`--prompts`); **KL** from that model's predictions, in nats per token. `--min-effect 0.8` fails
   with exit code 3 below it, and writes nothing.
 
-The remedies (`--remedy`; `auto` compares them and takes the smallest that keeps 0.8):
+The remedies (`--remedy`; `auto` compares them and takes the smallest that keeps 0.8, of equal size
+what keeps most):
 
 - **none** packs the sum as `mx.quantize` does, and as `mlx_lm.fuse` would: scales move, and with them
   all weights, which adds noise larger than the update;
@@ -65,11 +66,11 @@ The remedies (`--remedy`; `auto` compares them and takes the smallest that keeps
 - **side path**: not to fuse. The adapter beside the base keeps everything, for its own bytes.
 
 In a compressed package they are: **none** keeps tables and scales, and takes the nearest entry;
-**rescale** makes new tables (or scales) of the same width; **compensate** moves codes to the next entry
-of the same tables; **bits** makes tables (or scales) of 8 bits; the **side path** is `loraduct package add`.
-The adapter's functions that the package has are left out: they were made for the base as it was. Forms
-that have no such codes (sparse, tables of vectors) are refused, and new tables where they run along
-both axes; `loraduct decompress` is the way out.
+**rescale** makes new tables (or scales) of the same width, where they lessen the error;
+**compensate** moves codes to the next entry of the same tables; **bits** makes tables (or scales) of 8
+bits; the **side path** is `loraduct package add`. The adapter's functions that the package has are left
+out: they were made for the base as it was. Forms that have no such codes (sparse, tables of vectors) are
+refused, and new tables where they run along both axes; `loraduct decompress` is the way out.
 
 Measured on SmolLM2-135M-Instruct with `examples/reply`, rank 4 on all linear layers, and four short texts.
 """

@@ -299,9 +299,18 @@ def measured(
         raise Refused(
             file, f"has the engine {printable(repr(engine), 40)}, expected {', '.join(ENGINES)}"
         )
-    if not isinstance(value.get("device"), str):
+    named = value.get("device")
+    if not isinstance(named, str):
         raise Refused(file, "names no device")
-    (device,) = find(value["device"], known)
+    try:
+        devices = find(named, known)
+    except Refused as e:
+        raise Refused(file, str(e)) from None
+    if len(devices) > 1:
+        raise Refused(
+            file, f"has the device {printable(named, 40)!r}: say the one it was measured on"
+        )
+    (device,) = devices
     if not isinstance(rows, list) or not rows:
         raise Refused(file, "holds no points")
     return str(engine), [_point(file, i, row, load, device) for i, row in enumerate(rows)]

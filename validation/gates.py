@@ -176,7 +176,10 @@ def limits_of(given: Mapping[str, Any], *, runs: bool) -> dict[str, float]:
             if given.get(key) is not None:
                 found[key] = read(given[key])
         except ValueError:
-            raise Refused(None, f"{printable(str(given[key]), 40)!r} is no {what}") from None
+            flag = f"--{key.replace('_', '-')}"
+            raise Refused(
+                None, f"{flag}: {printable(str(given[key]), 40)!r} is no {what}"
+            ) from None
     consistent({**found, "regress_from": given.get("regress_from")}, "--")
     idle = [k for k in (*FIELDS, "regress_from") if given.get(k) is not None and not runs]
     if idle:

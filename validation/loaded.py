@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 AT_ONCE = 2  # rows, on MLX's CPU backend, where one takes a core
+WIDTH = 200  # arrays that MLX queues breadth first; of its 20 one row fills nearly all
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ def of_mlx(model: Any) -> Loaded:
         return found
 
     return Loaded(logits, greedy, several if streams else None)
+
+
+def alternate() -> None:
+    """Let MLX's queue alternate between the rows of `cpu_streams`, or their cores wait for each other.
+
+    MLX reads the variable once, before it first computes.
+    """
+    if platform.system() != "Darwin":
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", str(WIDTH))
 
 
 def cpu_streams() -> list[Any]:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loraduct.modules import places
+from loraduct.pages import text
 from loraduct.validation import report_plots as plots
 from loraduct.validation.report_html import figure, is_interval, is_number, listed, mapped
 
 Numbers = Mapping[str, Any]
 Placed = tuple[int, str, Numbers]  # layer, path within it, the module's numbers
+MOST_DEVICES, MOST_ENGINES = 40, 4  # of a forecast; the table of devices has 32
 HEATS = (
     ("norm", "Size of the update", "norm of dW (Frobenius)"),
     ("rank", "Rank", "rank"),
@@ -160,11 +162,9 @@ def _point(found: Numbers) -> str:
 
 
 def _latency(numbers: Numbers, thresholds: Numbers) -> list[str]:
-    """The forecast by device, against the gates."""
+    """The forecast by device, against the gates; engines apart, or half of the devices have no room."""
     rows = [r for r in listed(numbers, "forecast") if isinstance(r, Mapping)]
-    several = {
-        key for key in ("target", "engine", "context") if len({str(r.get(key)) for r in rows}) > 1
-    }
+    engines = list(dict.fromkeys(str(r.get("engine")) for r in rows))[:MOST_ENGINES]
     figures = []
     for key, low, high, title, unit, gate, word in (
         ("tokens_per_second", "low", "high", "Forecast: tokens per second", "tokens per second",
@@ -172,25 +172,37 @@ def _latency(numbers: Numbers, thresholds: Numbers) -> list[str]:
         ("ms_per_prompt_token", "prompt_low", "prompt_high", "Forecast: time per prompt token",
          "milliseconds per prompt token", "max_ms_per_prompt_token", "most allowed"),
     ):  # fmt: skip
-        drawn = [
-            (
-                ", ".join([str(r.get("device")), *(str(r.get(k)) for k in sorted(several))]),
-                float(r[key]),
-                float(r[low]) if is_number(r.get(low)) else None,
-                float(r[high]) if is_number(r.get(high)) else None,
-            )
-            for r in rows
-            if is_number(r.get(key))
-        ]
-        if drawn:
-            limit = _threshold(thresholds, gate)
-            mark = None if limit is None else (limit, word)
-            name = key.replace("_", "-")
-            svg = plots.intervals(name, drawn[: plots.MOST_ROWS], unit, mark)
-            left = len(drawn) - plots.MOST_ROWS
+        limit = _threshold(thresholds, gate)
+        mark = None if limit is None else (limit, word)
+        for n, engine in enumerate(engines):
+            own = [r for r in rows if str(r.get("engine")) == engine]
+            drawn = _forecasts(own, key, low, high)
+            if not drawn:
+                continue
+            of = f", {text(engine, 40)}" if len(engines) > 1 else ""
+            name = f"{key.replace('_', '-')}-{n}"
+            svg = plots.intervals(name, drawn[:MOST_DEVICES], unit, mark)
+            left = len(drawn) - MOST_DEVICES
             more = f"; {left:,} more: in the table" if left > 0 else ""
-            figures.append(figure(title, f"with the interval of the forecast{more}", svg))
+            figures.append(figure(title + of, f"with the interval of the forecast{more}", svg))
     return figures
+
+
+def _forecasts(
+    rows: Sequence[Numbers], key: str, low: str, high: str
+) -> list[tuple[str, float, float | None, float | None]]:
+    """(device and what else differs, value, ends of its interval)."""
+    several = [k for k in ("context", "target") if len({str(r.get(k)) for r in rows}) > 1]
+    return [
+        (
+            ", ".join(str(r.get(k)) for k in ("device", *several)),
+            float(r[key]),
+            float(r[low]) if is_number(r.get(low)) else None,
+            float(r[high]) if is_number(r.get(high)) else None,
+        )
+        for r in rows
+        if is_number(r.get(key))
+    ]
 
 
 FIGURES: dict[str, Callable[[Numbers, Numbers], list[str]]] = {

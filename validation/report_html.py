@@ -106,8 +106,12 @@ def _interval(value: Mapping[str, Any], unit: str) -> str:
     if is_interval(value):
         low, high = (shown(value[k], unit) for k in ("low", "high"))
         return f"{shown(value['value'], unit)} ({low} to {high})"
-    items = list(value.items())[:MOST_COLUMNS]
-    return ", ".join(f"{text(k, 80)} {shown(v, unit_of(k))}" for k, v in items if _flat(v))
+    items = [(k, v if isinstance(v, list | tuple) else [v]) for k, v in value.items()]
+    return ", ".join(
+        f"{label_of(k)} {' to '.join(shown(x, unit_of(k)) for x in v)}"
+        for k, v in items[:MOST_COLUMNS]
+        if len(v) <= 2 and all(_flat(x) for x in v)  # a number, a word, or two ends
+    )
 
 
 def is_interval(value: object) -> bool:

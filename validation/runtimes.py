@@ -24,7 +24,7 @@ from loraduct.formats.coreml.package import Package, spec_path
 from loraduct.formats.safetensors_file import serialized
 from loraduct.tensor import Tensor
 from loraduct.text import printable, several
-from loraduct.validation import coreml, mil
+from loraduct.validation import coreml, loaded, mil
 from loraduct.validation.loaded import Loaded, of_mlx
 
 RUNTIME = {"peft": "torch", "mlx": "mlx", "coreml": "coreml"}
@@ -346,6 +346,7 @@ def auto_class(model_type: str) -> Any:
 
 def mlx_model(base: Base, adapter: Path | None = None) -> Any:
     """The base in stock mlx-lm, with an adapter's folder or without, computing in float32."""
+    loaded.alternate()
     import mlx.core as mx
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model

@@ -21,7 +21,8 @@ base_option = click.option(
 )
 
 
-def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """An option's callback that refuses NaN, which click takes for within any range."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number")
     return value
@@ -32,7 +33,7 @@ _READING = (
     click.option(
         "--scale",
         type=float,
-        callback=_finite,
+        callback=finite,
         help="Scale of an old adapters.npz without a config [20].",
     ),
     click.option(

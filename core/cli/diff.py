@@ -47,19 +47,26 @@ def command(
     from loraduct.files import replace_file
     from loraduct.formats.options import ReadOptions
 
-    for file in (html, png):
-        if file is not None and file.exists() and not force:
+    drawn = [f for f in (html, png) if f is not None]
+    for file in drawn:
+        if file.is_dir() or not file.parent.is_dir():
+            what = "is a folder" if file.is_dir() else "would stand in a folder that isn't there"
+            raise Refused(file, f"{what}; choose another file")
+        if file.exists() and not force:
             raise Refused(file, "exists; use --force to replace it, or choose another file")
+    if len({f.resolve() for f in drawn}) < len(drawn):
+        raise click.UsageError("--html and --png name one file: give each its own")
     if png is not None:
         need_plots()
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     (one, two), model = read_all([first, second], options, base)
     found = diff(one, two, model)
     names = [str(first), str(second)]
-    if html is not None:
-        replace_file(html, [heat_map(found, names).encode()])
-    if png is not None:
-        replace_file(png, [picture(found, names)])
+    page = heat_map(found, names).encode() if html else b""
+    image = picture(found, names) if png else b""
+    for target, held in ((html, page), (png, image)):  # both are drawn before either is written
+        if target is not None:
+            replace_file(target, [held])
     if as_json:
         print_json({"first": str(first), "second": str(second), **found.as_json()})
         return

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraduct.cli.common import PATH, json_option, need_output, print_json, writing_options
+from loraduct.cli.common import (
+    PATH,
+    finite,
+    json_option,
+    need_output,
+    print_json,
+    writing_options,
+)
 
 if TYPE_CHECKING:
     from loraduct.converters.extract import Found
@@ -24,7 +31,7 @@ _WORST = 5  # modules that are named
 @writing_options
 @click.option("--rank", type=click.IntRange(1, 65536), help="Directions to keep of every module.")
 @click.option(
-    "--energy", type=click.FloatRange(0, 1, min_open=True),
+    "--energy", type=click.FloatRange(0, 1, min_open=True), callback=finite,
     help="Or as many as keep this share of the squared norm, such as 0.99.",
 )  # fmt: skip
 @click.option(
@@ -72,6 +79,10 @@ def command(
             folder.check_target(output, model.path, force)
     made = extract(*models, Wanted(rank, energy, allow_approximate))
     plan = convert(made.adapter, Options(to=to, base=models[1], dtype=dtype))
+    less = [f.rank for f in made.found.values() if f.rank and f.rank < (rank or 0)]
+    if less:
+        what = f"rank {rank} is more than {len(less)} modules have (at most {max(less)})"
+        plan.account.notes.append(f"{what}: they are exact to what they are stored in")
     folder.write(plan, None if dry_run else output, allow_approximate=allow_approximate)
     _say(tuned, base, None if dry_run else output, made.found, plan, as_json)
 

@@ -160,9 +160,13 @@ def _base_of(base: Any) -> str:
 
 
 def chosen(found: Sequence[Measured], least: float | None) -> Measured:
-    """The smallest that keeps enough; else the one that keeps most."""
+    """The smallest that keeps enough, of several the one that keeps most; else what keeps most."""
     enough = [m for m in found if m.kept >= (least or LEAST)]
-    return min(enough, key=lambda m: m.nbytes) if enough else max(found, key=lambda m: m.kept)
+    return (
+        min(enough, key=lambda m: (m.nbytes, -m.kept))
+        if enough
+        else max(found, key=lambda m: m.kept)
+    )
 
 
 def gate(measured: Measured, least: float | None) -> None:

@@ -13,6 +13,7 @@ import click
 from loraduct.cli.common import (
     PATH,
     base_option,
+    finite,
     json_option,
     need_output,
     print_json,
@@ -50,11 +51,13 @@ METHODS = [
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
+    callback=finite,
     help="Or to the rank that keeps this share of the squared norm, such as 0.99.",
 )
 @click.option(
     "--density",
     type=click.FloatRange(0, 1, min_open=True),
+    callback=finite,
     help="Share of entries that TIES, DARE and magnitude keep.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the methods that draw.")
@@ -133,10 +136,10 @@ def command(
     from loraduct.cli.combine import format_of, read_all
 
     adapters, model = read_all(sources, options, base, output, force)
-    merged = merging.merge(adapters, each, settings, model)
+    target = format_of(adapters[0], to)
+    merged = merging.merge(adapters, each, settings, model, target)
     from loraduct.converters.convert import Options, convert
 
-    target = format_of(adapters[0], to)
     plan = convert(
         merged.adapter,
         Options(to=target, base=model, dtype=dtype or "keep", uniform=uniform),

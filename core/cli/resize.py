@@ -10,6 +10,7 @@ import click
 from loraduct.cli.common import (
     PATH,
     base_option,
+    finite,
     json_option,
     need_output,
     print_json,
@@ -24,11 +25,13 @@ from loraduct.cli.common import (
 @click.option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
+    callback=finite,
     help="Share of the squared norm to keep, such as 0.95.",
 )
 @click.option(
     "--error",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    callback=finite,
     help="Share of the norm that may be lost, such as 0.05.",
 )
 @click.option("--per-module", is_flag=True, help="A rank of its own for every module.")
@@ -75,8 +78,8 @@ def command(
 
     options = ReadOptions(scale, trained_on, allow_pickle, adapter_name)
     (adapter,), model = read_all([source], options, base, output, force)
-    resized = resize(adapter, Wanted(rank, energy, error, per_module), model)
     target = format_of(adapter, to)
+    resized = resize(adapter, Wanted(rank, energy, error, per_module), model, target)
     if target == "mlx" and uniform:
         raise click.UsageError("MLX is always uniform (one rank, one scale): leave --uniform out")
     plan = convert(resized.adapter, Options(to=target, base=model, dtype=dtype, uniform=uniform))

@@ -188,6 +188,25 @@ def test_without_matplotlib_the_extra_is_named(
     assert not list(tmp_path.glob("map.*"))
 
 
+def test_drawings_are_both_written_or_neither(
+    cli: Any, two: list[Path], tmp_path: Path, peft_folder: Folders
+) -> None:
+    pytest.importorskip("matplotlib")
+    page, picture_, room = tmp_path / "map.html", tmp_path / "map.png", tmp_path / "room"
+    room.mkdir()
+    for html, png, code, says in (
+        (page, page, 2, "name one file"),
+        (page, tmp_path / "room" / ".." / "map.html", 2, "name one file"),
+        (page, tmp_path / "no" / "map.png", 1, "would stand in a folder that isn't there"),
+        (room, picture_, 1, "room: is a folder"),
+    ):
+        done = cli("diff", *two, "--html", html, "--png", png, "--force")
+        assert done.exit_code == code
+        assert says in done.stderr
+        assert not page.exists()
+        assert not picture_.exists()
+
+
 def test_refusals(cli: Any, two: list[Path], peft_folder: Folders) -> None:
     apart = peft_folder("apart", layers=1)
     file = apart / "adapter_model.safetensors"

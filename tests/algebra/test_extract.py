@@ -143,6 +143,19 @@ def test_the_residual_is_a_dense_svds(bases):
     assert np.linalg.norm(matrix - b.astype(float) @ a) == pytest.approx(best, rel=1e-5)
 
 
+def test_a_rank_beyond_the_matrix_is_explained(cli, bases, tmp_path):
+    base = bases("llama")
+    adapter = fusing.trained(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    tuned = merged(base, adapter, tmp_path / "tuned")
+    done = cli("extract", tuned, base, "-o", tmp_path / "out", "--rank", 6000)
+    assert done.exit_code == 0, done.stderr
+    assert "note: rank 6000 is more than 4 modules have (at most 64)" in done.stdout
+    done = cli("extract", tuned, base, "-o", tmp_path / "no", "--energy", "nan")
+    assert done.exit_code == 2
+    assert "nan is not a finite number" in done.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def _grown(tuned):
     held = load_file(tuned / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -125,6 +125,26 @@ def test_rounded_once(cli, bases, tmp_path, dtype, way):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bit_equal_to_a_float32_sum(cli, bases, tmp_path, dtype):
+    """Factors of few bits, whose products are exact in float32 in whichever order they are added: then
+    only the sum with the weight is rounded to float32, and once more to what is stored."""
+    base = bases("llama", dtype)
+    adapter = fusing.trained(base, tmp_path / "a", target_modules=ALL)
+    file = adapter / "adapter_model.safetensors"
+    held = {n: (t * 256).round().clamp(-63, 63) / 256 for n, t in load_file(file).items()}
+    save_file(held, file, {"format": "pt"})
+    before, after = (
+        fusing.tensors(base),
+        fusing.tensors(fused(cli, base, tmp_path / "out", adapter)),
+    )
+    for module, (a, b) in fusing.factors(adapter).items():
+        weight = before[f"{module}.weight"].float()
+        wanted = (weight + torch.from_numpy(1.5 * b @ a).float()).to(dtype)
+        assert torch.equal(after[f"{module}.weight"], wanted), module
+        assert not torch.equal(wanted, before[f"{module}.weight"])
+
+
 def test_shards_in_and_out(cli, bases, tmp_path):
     base = bases("llama", torch.bfloat16, max_shard_size="50KB")
     assert len(list(base.glob("*.safetensors"))) > 2
@@ -269,6 +289,26 @@ def test_no_record_is_said(cli, bases, tmp_path):
     adapter = fusing.trained(base, tmp_path / "a", target_modules=["q_proj"])
     done = cli("fuse", adapter, "--base", base, "-o", tmp_path / "out")
     assert "records no fingerprint of its base" in done.stdout
+
+
+def test_weights_of_nothing_and_no_numbers(cli, bases, tmp_path):
+    base = bases("llama")
+    one = fusing.trained(base, tmp_path / "a", 1, target_modules=["q_proj"])
+    two = fusing.trained(base, tmp_path / "b", 2, target_modules=["q_proj"])
+    out = "--base", base, "-o", tmp_path / "out"
+    for words, code, says in (
+        ([f"{one}:0"], 1, "every weight is 0: nothing is left to fuse"),
+        ([f"{one}:nan"], 2, "nan is no weight"),
+        ([one, "--min-effect", "nan"], 2, "nan is not a finite number"),
+        ([one, "--growth", "nan"], 2, "nan is not a finite number"),
+    ):
+        done = cli("fuse", *words, *out)
+        assert done.exit_code == code
+        assert says in done.stderr
+        assert not (tmp_path / "out").exists()
+    done = cli("fuse", one, f"{two}:0", *out)
+    assert done.exit_code == 0
+    assert "note: b has weight 0: it contributes nothing" in done.stdout
 
 
 def test_another_base_is_refused(cli, bases, tmp_path):

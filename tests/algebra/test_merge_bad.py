@@ -33,6 +33,9 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
         (["--weights", "1,nan"], 2, "finite"),
         (["--weights", "1,x"], 2, "numbers"),
         (["--weights", "0,0"], 1, "every weight is 0"),
+        (["--weights", "1,1e300"], 1, "times the weight 1e+300 is beyond float32"),
+        (["--rank", "2", "--energy", "nan"], 2, "nan is not a finite number"),
+        (["--method", "ties", "--rank", "2", "--density", "nan"], 2, "nan is not a finite number"),
         (["--method", "ties", "--density", "0.5"], 2, "needs --rank"),
         (["--method", "ties", "--rank", "4"], 2, "needs --density"),
         (["--method", "svd"], 2, "needs --rank"),
@@ -68,6 +71,28 @@ def test_another_base(cli: Any, peft_folder: Folders, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "made for another base" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_kind(cli: Any, peft_folder: Folders, tmp_path: Path) -> None:
+    """None of the modules is in it, by any name: said by every verb that takes one."""
+    pytest.importorskip("transformers")
+    import fusing
+
+    one, two, base = peft_folder("one"), peft_folder("two"), fusing.saved("gpt2", tmp_path / "base")
+    out = ["-o", tmp_path / "out"]
+    for words in (
+        ["merge", one, two, *out],
+        ["stack", one, two, *out],
+        ["diff", one, two],
+        ["resize", one, "--rank", 2, *out],
+        ["fuse", one, *out],
+    ):
+        done = cli(*words, "--base", base)
+        assert done.exit_code == 1, words
+        assert done.stderr.count("\n") == 1
+        assert str(base) in done.stderr
+        assert "made for another base" in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_odd_is_explained(cli: Any, peft_folder: Folders, tmp_path: Path) -> None:

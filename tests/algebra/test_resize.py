@@ -121,7 +121,8 @@ def test_nothing_to_cut_changes_no_byte(cli: Any, uneven: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("args", "code"), [([], 2), (["--rank", "2", "--energy", "0.5"], 2), (["--error", "0"], 2),
-                       (["--energy", "1.5"], 2), (["--rank", "0"], 2)],
+                       (["--energy", "1.5"], 2), (["--rank", "0"], 2),
+                       (["--energy", "nan"], 2), (["--error", "nan"], 2)],
 )  # fmt: skip
 def test_bad_options(cli: Any, uneven: Path, tmp_path: Path, args: list[str], code: int) -> None:
     done = cli("resize", uneven, *args, "-o", tmp_path / "out")

@@ -250,3 +250,35 @@ def test_experts_of_mlx_beside_others_are_refused(
         assert done.exit_code == 1
         assert "stack MLX adapters alone, with --to mlx, or convert it" in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["with its base", "without"])
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_experts_of_mlx_merged_and_resized(
+    cli: Any, experts: tuple[Path, list[Path]], tmp_path: Path, given: bool, method: str
+) -> None:
+    """By their own modules, with or without a base: no rank but what the sum has, every expert optimal."""
+    base, folders = experts
+    words = ["--base", base] if given else []
+    verbs = {
+        "linear": ["merge", *folders[:2], "--weights", "0.5,-2", *words],
+        "svd": ["resize", folders[0], "--rank", 2, *words],
+    }
+    done = cli(*verbs[method], "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    found = read(tmp_path / "out").low_rank
+    one, two = (read(f).low_rank for f in folders[:2])
+    assert found.keys() == one.keys()
+    for module, u in found.items():
+        held, first, second = (
+            x.scale * (x.b.read().astype(np.float64) @ x.a.read())
+            for x in (u, one[module], two[module])
+        )
+        if method == "linear":
+            assert u.rank == 7
+            wanted = 0.5 * first - 2 * second
+            assert np.linalg.norm(held - wanted) < 1e-6 * np.linalg.norm(wanted)
+            continue
+        assert u.rank == 2
+        tail = (np.linalg.svd(first, compute_uv=False)[..., 2:] ** 2).sum() ** 0.5
+        assert np.linalg.norm(held - first) == pytest.approx(tail, rel=1e-6)

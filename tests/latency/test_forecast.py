@@ -321,6 +321,7 @@ def test_a_file_of_measurements_is_read(tmp_path: Path) -> None:
         ({"engine": "cuda"}, "'cuda', expected gpu, coreml-gpu, coreml-ane"),
         ({"device": 3}, "names no device"),
         ({"device": "iPhone 15 Prp"}, "'iPhone 15 Pro'"),
+        ({"device": "all"}, "say the one it was measured on"),
         ({"points": []}, "holds no points"),
         ({"points": [3]}, "point 0: is not an object"),
         ({"points": [{"context": 0, "tokens_per_second": 3}]}, "context is 0"),
@@ -342,7 +343,7 @@ def test_broken_measurements_are_refused(
 ) -> None:
     file = tmp_path / "m.json"
     file.write_text(json.dumps(document(**changes)))
-    with pytest.raises(Refused, match=r"m\.json|unknown device") as e:
+    with pytest.raises(Refused, match=r"m\.json") as e:
         fc.measured(file, LOAD, built_in())
     assert what in str(e.value)
     assert "\n" not in str(e.value)

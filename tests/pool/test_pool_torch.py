@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from loraduct import AdapterPool
 from loraduct.errors import LoraductError, Refused
@@ -213,30 +217,77 @@ def test_peft_model_is_refused(fusing, bases, adapters):
         AdapterPool(model, bases("llama"))
 
 
-def test_every_format_on_one_model(cli, fusing, bases, adapters, tmp_path):
-    """PEFT's folder, the same as MLX, packed losslessly enough, and from a package."""
-    base = bases("llama")
-    made = {"peft": adapters["one"]}
-    mlx = tmp_path / "mlx"
-    done = cli("convert", adapters["one"], "--to", "mlx", "--base", base, "-o", mlx)
-    assert done.exit_code == 0, done.stderr
-    made["mlx"] = mlx
-    packed = tmp_path / "packed"
-    done = cli("compress", adapters["one"], "--quantize", "int8", "-o", packed)
-    assert done.exit_code == 0, done.stderr
-    made["packed"] = packed
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_every_format_on_one_model(cli, repo, fusing, bases, adapters, tmp_path, fused):
+    """MLX's folder, packed ones and a package's adapter: stock PEFT with the numbers that each holds."""
+    base, source = bases("llama"), adapters["one"]
+    made = {name: tmp_path / name for name in ("mlx", "int8", "lut3")}
+    package = tmp_path / "p.mlpackage"
+    for words in (
+        ["convert", source, "--to", "mlx", "--base", base, "-o", made["mlx"]],
+        ["compress", source, "--quantize", "int8", "-o", made["int8"]],
+        ["compress", source, "--palettize", "3", "-o", made["lut3"]],
+        ["package", "--base", base, "-a", f"one={source}", "--context", "40", "-o", package],
+    ):
+        done = cli(*words)
+        assert done.exit_code == 0, done.stderr
+    halves = {n: t.half() for n, t in fusing.tensors(source).items()}  # as packages store factors
+    wanted = {
+        "mlx": source,
+        "package": stored(source, tmp_path / "halves", halves),
+        **{
+            n: stored(source, tmp_path / f"{n}-plain", packed(repo, made[n]))
+            for n in ("int8", "lut3")
+        },
+    }
+    logits = {n: fusing.unfused(base, (folder, 1.0)) for n, folder in wanted.items()}
+    # what the forms hold differs by more than what the pool may be off
+    assert not any(close(logits[n], logits["mlx"]) for n in ("int8", "lut3"))
     model = fusing.loaded(base)
-    wanted = fusing.unfused(base, (adapters["one"], 1.0))
-    plain = fusing.logits(model)
-    with AdapterPool(model, base) as pool:
-        for name, path in made.items():
+    before, plain = fingerprint(model), fusing.logits(model)
+    with AdapterPool(model, base, fused=fused) as pool:
+        for name, path in {**made, "package": Path(f"{package}:one")}.items():
             pool.load(name, path)
             with pool.using(name):
-                found = fusing.logits(model)
-            bound = 1e-5 * np.abs(wanted).max()
-            if name == "packed":
-                bound = 0.05 * np.abs(wanted - plain).max()
-            assert np.abs(found - wanted).max() <= bound, name
+                assert close(fusing.logits(model), logits[name]), name
+            assert np.array_equal(fusing.logits(model), plain)
+    assert fingerprint(model) == before
+
+
+def packed(repo, folder):
+    """The numbers of a packed adapter, by the reader that docs/packed.md gives."""
+    code = re.search(r"```python\n(.*?)```", (repo / "docs/packed.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(code[1], "docs/packed.md", "exec"), names)  # noqa: S102
+    found = names["read_packed"](folder / "adapter_packed.safetensors")
+    return {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in found.items()}
+
+
+def stored(source, folder, tensors):
+    """PEFT's folder with other numbers."""
+    folder.mkdir()
+    shutil.copy(source / "adapter_config.json", folder)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_recomputed_would_be_seen(fusing, bases, adapters):
+    """A pool that subtracts what it added, or gives an equal copy back, does not pass for ours."""
+    for copied in (False, True):
+        model = fusing.loaded(bases("llama"))
+        before = fingerprint(model)
+        pool = AdapterPool(model, bases("llama"), fused=True)
+        runtime, own = pool._runtime, {n: p.detach().clone() for n, p in model.named_parameters()}
+        pool.load("one", adapters["one"])
+        pool.activate("one")
+        for name, kept in runtime._kept.items():
+            fused = model.get_parameter(name).detach()
+            given = own[name] if copied else fused - (fused - kept.detach())
+            runtime._kept[name] = torch.nn.Parameter(given, requires_grad=False)
+        pool.close()
+        assert fingerprint(model) != before
+        same = all(torch.equal(p, own[n]) for n, p in model.named_parameters())
+        assert same == copied  # the subtraction changed bits
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])

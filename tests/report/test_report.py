@@ -300,6 +300,25 @@ def test_odd_values_are_drawn(values: list[float]) -> None:
     assert len(harmless(report.html(doc)).tags("svg")) == 11
 
 
+def test_every_device_is_drawn_by_engine_and_spreads_are_shown() -> None:
+    """All devices of a package's forecast, which has two engines; the two ends of what was measured."""
+    doc = small()
+    (latency,) = (x for x in doc["suites"] if x["name"] == "latency")
+    row = latency["numbers"]["forecast"][0]
+    devices = [f"M{n}" for n in range(32)]
+    latency["numbers"]["forecast"] = [
+        row | {"device": d, "engine": e} for d in devices for e in ("coreml-ane", "coreml-gpu")
+    ]
+    latency["numbers"]["targets"] = [{"name": "a", "spread": {"ttft_ms": [1.25, 3.5]}}]
+    page = harmless(report.html(doc))
+    titles = page.words("figcaption", "strong")
+    for engine in ("coreml-ane", "coreml-gpu"):
+        assert f"Forecast: tokens per second, {engine}" in titles
+    drawn = [d for at, d in page.texts if "svg" in at]
+    assert all(drawn.count(d) == 4 for d in devices)  # two engines, two plots
+    assert "time to first token [ms] 1.25 to 3.5" in page.words("td")
+
+
 def test_what_is_missing_is_left_out() -> None:
     doc = document()
     doc["suites"] = [suite("structure", [check("values", "passed", "fine")])]
@@ -360,7 +379,7 @@ def replaced(value: Any, texts: Iterator[str], at: tuple[str, ...] = ()) -> Any:
 def test_strangers_texts_are_inert(start: int) -> None:
     texts = itertools.cycle(HOSTILE[start:] + HOSTILE[:start])
     page = harmless(report.html(replaced(small(), texts)))
-    assert len(page.tags("svg")) == 11
+    assert len(page.tags("svg")) == 13  # two devices' engines are two names now: a plot for each
     for text in HOSTILE:
         if text.isascii() and text.isprintable() and len(text) < 100:  # it is shown as it is
             assert text in page.words("main")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,16 +346,6 @@ def printable_path(path: Path) -> str:
     return str(path).replace("`", "'").replace("|", "\\|")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="draws with matplotlib")
-def test_html(world: Any, cli: Cli, tmp_path: Path) -> None:
-    page = tmp_path / "r.html"
-    result = cli("validate", world.peft, world.mlx, "--base", world.base, "--html", page)
-    assert result.exit_code == 0, result.output
-    text = page.read_text()
-    assert text.startswith("<!doctype html>")
-    assert "model.layers.1.mlp.down_proj" in text
-
-
 def test_models_are_loaded_once(world: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from loraduct.validation import runtimes
 
@@ -372,3 +362,19 @@ def test_models_are_loaded_once(world: Any, cli: Cli, monkeypatch: pytest.Monkey
     assert sorted((n, a is None) for n, a in calls) == [
         ("_mlx", False), ("_mlx", True), ("_torch", False), ("_torch", True),
     ]  # fmt: skip
+
+
+def test_mlx_queue_alternates_between_rows(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set before MLX first computes, or two rows wait for each other; what the user set stays."""
+    pytest.importorskip("mlx_lm")
+    from loraduct.formats import base
+    from loraduct.validation import loaded, runtimes
+
+    name = "MLX_BFS_MAX_WIDTH"
+    monkeypatch.setattr(loaded.platform, "system", lambda: "Linux")
+    for given, wanted in ((None, str(loaded.WIDTH)), ("7", "7")):
+        monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(
+            name, given
+        )
+        runtimes.mlx_model(base.read(world.base))
+        assert os.environ[name] == wanted
