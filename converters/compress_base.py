@@ -24,6 +24,7 @@ from loraduct.converters.base_report import Outcome
 from loraduct.converters.compress_plan import measured, squared
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.fuse_folder import check_base
+from loraduct.converters.lut import THREADS
 from loraduct.errors import Refused
 from loraduct.files import staged_folder
 from loraduct.formats import base as base_folder
@@ -163,7 +164,7 @@ class _How:
         """Some rows of a module's weight, as they are stored."""
         return mlx_quantize.quantize(
             rows, width, self.group, mode=self.mode, bf16=tensor.dtype == "BF16",
-            importance=self.counts.get(module), name=tensor.name,
+            importance=self.counts.get(module), threads=THREADS, name=tensor.name,
         )  # fmt: skip
 
     def lost(self, module: str, rows: Any, tensor: Tensor, width: int) -> tuple[Any, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from loraduct.converters import compress_code as code
 from loraduct.converters.compress_plan import Plan
 from loraduct.converters.compress_report import Report, Row
 from loraduct.converters.compress_sites import Weight, blocks_of, operations, references
+from loraduct.converters.lut import THREADS
 from loraduct.converters.package import rewritten, size_of
 from loraduct.errors import Refused
 from loraduct.formats.coreml import edit, record
@@ -23,7 +23,6 @@ from loraduct.formats.coreml.coded import INLINE
 from loraduct.formats.coreml.constexpr import expanded, parts_of
 from loraduct.formats.coreml.package import WEIGHTS_NAME, Package, read
 
-THREADS = min(4, os.cpu_count() or 1)
 _NAN = float("nan")
 
 

@@ -4,7 +4,8 @@ A packed weight can hold only so much of an update: what is less than half a ste
 weight is, is rounded off. The remedies differ in how the sum is packed:
 
 * ``none``: as ``mx.quantize`` does;
-* ``rescale``: scales and biases of the groups are searched for the least squared error;
+* ``rescale``: scales and biases of the groups are searched for the least squared error, the base's own
+  among them: its values lie on their steps, so a small update may find none that are better;
 * ``compensate``: codes are then moved by one step where that lessens the error along the inputs
   that the adapter reads (the row space of its A), at little cost in all other directions. That is
   the objective of GPTQ (arXiv 2210.17323) with A's row space, of which no data is needed, for the
@@ -192,19 +193,65 @@ def _packed(m: Module, places: _Places, remedy: str) -> list[tuple[Any, Any, Any
     read = directions(updates) if kept else None
     done, at = [], 0
     for block in blocks(partial(read_blocks, m), updates, rows):
+        width = m.scales.shape[-1]
+        s, b = (rows_of(t, at, at + len(block), width) for t in (m.scales, m.biases))
         if read is not None:
-            width = m.scales.shape[-1]
-            s, b = (rows_of(t, at, at + len(block), width) for t in (m.scales, m.biases))
             done.append(_compensated(s, b, block, read, m))
+        elif remedy == "rescale":
+            done.append(_rescaled(s, b, block, m))
         else:
-            mode = "optimal" if remedy == "rescale" else "mlx"
-            packed = quantize(block, m.then.bits, m.then.group, mode=mode, name=m.name)
-            s, b = (
-                rounded(x, m.scales.dtype, m.name, m.weight) for x in (packed.scales, packed.biases)
-            )
-            done.append((packed.weight, s, b))
+            done.append(_anew(block, m, "mlx"))
         at += len(block)
     return done
+
+
+def _anew(block: Any, m: Module, mode: str) -> tuple[Any, Any, Any]:
+    """(words, scales, biases) of other steps."""
+    made = quantize(block, m.then.bits, m.then.group, mode=mode, name=m.name)
+    s, b = (rounded(x, m.scales.dtype, m.name, m.weight) for x in (made.scales, made.biases))
+    return made.weight, s, b
+
+
+def _rescaled(s: Any, b: Any, block: Any, m: Module) -> tuple[Any, Any, Any]:
+    """(words, scales, biases): each group on the base's own steps, on those that are searched, or on
+    MLX's, whichever errs least as they are stored."""
+    import numpy as np
+
+    codes: Any = np.zeros(block.shape, np.float32)
+    scales, biases, least = s.copy(), b.copy(), np.inf
+    for steps in ((s, b), *(_anew(block, m, mode)[1:] for mode in ("optimal", "mlx"))):
+        found, _, error = _nearest(*steps, block, m)
+        total = np.square(error).reshape(*s.shape, -1).sum(2, dtype=np.float64)
+        less = total < least
+        codes = np.where(np.repeat(less, m.now.group, axis=1), found, codes)
+        scales, biases = (
+            np.where(less, x, y) for x, y in zip(steps, (scales, biases), strict=True)
+        )
+        least = np.minimum(total, least)
+    return _words(codes, m), scales, biases
+
+
+def _wide(part: Any, m: Module) -> Any:
+    """Scales or biases (rows, in), float32."""
+    import numpy as np
+
+    return np.repeat(as_float32(part, m.scales.dtype), m.now.group, axis=1)
+
+
+def _nearest(s: Any, b: Any, block: Any, m: Module) -> tuple[Any, Any, Any]:
+    """(codes as float32, steps, errors) of a block on the base's own steps."""
+    import numpy as np
+
+    step, low = _wide(s, m), _wide(b, m)
+    divisor = np.where(step == 0, np.float32(1), step)
+    codes = np.clip(np.rint((block - low) / divisor), 0, (1 << m.now.bits) - 1)
+    return codes, step, codes * step + low - block
+
+
+def _words(codes: Any, m: Module) -> Any:
+    import numpy as np
+
+    return pack(codes.astype(np.uint8), m.now.bits).view("<u4").reshape(len(codes), -1)
 
 
 def read_blocks(m: Module) -> Iterator[tuple[int, Any]]:
@@ -257,15 +304,11 @@ def _compensated(s: Any, b: Any, block: Any, read: Any, m: Module) -> tuple[Any,
     """
     import numpy as np
 
-    rows = len(block)
     top = (1 << m.now.bits) - 1
-    step, low = (np.repeat(as_float32(x, m.scales.dtype), m.now.group, axis=1) for x in (s, b))
-    divisor = np.where(step == 0, np.float32(1), step)
-    codes = np.clip(np.rint((block - low) / divisor), 0, top)
-    error = codes * step + low - block
+    codes, step, error = _nearest(s, b, block, m)
     along = error @ read
     weight = (np.einsum("ij,ij->i", read, read) + np.float32(KEEP)) * step * step
-    alive = np.arange(rows)
+    alive = np.arange(len(block))
     for _ in range(MOVES):
         pull = along[alive] @ read.T
         pull += np.float32(KEEP) * error[alive]
@@ -282,4 +325,4 @@ def _compensated(s: Any, b: Any, block: Any, read: Any, m: Module) -> tuple[Any,
         moved = move * step[alive, at]
         error[alive, at] += moved
         along[alive] += moved[:, None] * read[at]
-    return pack(codes.astype(np.uint8), m.now.bits).view("<u4").reshape(rows, -1), s, b
+    return _words(codes, m), s, b

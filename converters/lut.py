@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from loraduct.converters.palette import BITS, Options, Palette
 from loraduct.errors import Refused
 
 BLOCK = 48  # groups at once
+THREADS = min(4, os.cpu_count() or 1)
 Rows = list[tuple[Any, Any]]  # (sorted values, their weights)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraduct.converters.coded import typed
+from loraduct.converters.lut import threaded
 from loraduct.converters.palettize import per_axis
 from loraduct.errors import Refused
 from loraduct.packing import packed, unpacked
@@ -23,7 +24,7 @@ MODES = ("mlx", "optimal")
 _LEAST = 1e-7  # of scales
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # parts of the range that the search starts from
 _FITS = 4  # regressions from each
-_ROWS = 1 << 19  # numbers at once
+_ROWS = 1 << 16  # numbers at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def quantize(
     mode: str = "mlx",
     bf16: bool = False,
     importance: Any = None,
+    threads: int = 1,
     name: str | None = None,
 ) -> Packed:
     """A tensor (..., in) of float16, bfloat16 or float32 (uint16 codes as ``bf16`` says), packed.
@@ -63,7 +65,8 @@ def quantize(
     along = per_axis((1, weight.shape[-1]), importance, name)
     counts = None if along is None else along[1].reshape(-1, group)  # of groups, again for each row
     step = max(1, _ROWS // group)
-    for at in range(0, len(groups), step):
+
+    def work(at: int) -> None:
         part = slice(at, at + step)
         wide = groups[part].astype(np.float32)
         if not np.isfinite(wide).all():
@@ -76,6 +79,9 @@ def quantize(
             if counts is not None:
                 each = counts[np.arange(at, at + len(wide)) % len(counts)]
             _search(wide, bits, codes[part], scales[part], biases[part], each)
+
+    for _ in threaded(work, range(0, len(groups), step), threads):
+        pass
     rows = weight.shape[:-1]
     return Packed(
         packed(codes, bits).view("<u4").reshape(*rows, -1),
@@ -121,63 +127,84 @@ def _edges(wide: Any, bits: int) -> tuple[Any, Any]:
 
 
 def _codes(wide: Any, scale: Any, bias: Any, bits: int) -> Any:
+    """The nearest codes, float32."""
     import numpy as np
 
-    steps = np.rint((wide - bias[:, None]) / scale[:, None])
-    return np.clip(steps, 0, (1 << bits) - 1).astype(np.uint8)
+    q = wide - bias[:, None]
+    q /= scale[:, None]
+    np.rint(q, out=q)
+    return np.clip(q, 0, (1 << bits) - 1, out=q)
 
 
 def _search(wide: Any, bits: int, codes: Any, scales: Any, biases: Any, counts: Any) -> None:
     """Replace codes, scales and biases in place, group by group, wherever the error gets less.
 
-    ``counts``: what each square counts, as ``wide``; None: all the same.
+    ``counts``: what each square counts, as ``wide``; None: all the same. The search leaves out how
+    products and sums are rounded when they are read back; what it found is then compared with that.
     """
     import numpy as np
 
-    def error(codes: Any, scales: Any, biases: Any) -> Any:
-        gap = _read_back(codes, scales, biases).astype(np.float64) - wide
-        return np.einsum("ij,ij->i", gap, gap if counts is None else gap * counts)
-
-    kind, least = scales.dtype, error(codes, scales, biases)
+    kind = scales.dtype
+    if counts is not None:  # of a group alone: what counts is how channels compare
+        counts = (counts / counts.max(1, keepdims=True)).astype(np.float32)
+    best = codes.astype(np.float32)
+    least = np.full(len(wide), np.inf, np.float32)
+    s, b = scales.copy(), biases.copy()
     low, high = wide.min(1), wide.max(1)
     for part in _SHRINK:
         scale = (high - low) * np.float32(part / ((1 << bits) - 1))
         bias = low + (high - low) * np.float32((1 - part) / 2)
         for _ in range(_FITS):
             with np.errstate(over="ignore"):
-                s, b = scale.astype(kind), bias.astype(kind)
-            divisor = np.where(s.astype(np.float32) == 0, np.float32(1), s.astype(np.float32))
-            q = _codes(wide, divisor, b.astype(np.float32), bits)
-            now = error(q, s, b)
-            better = now < least  # never where something is Inf or NaN
+                stored = scale.astype(kind), bias.astype(kind)
+            step, zero = (x.astype(np.float32) for x in stored)
+            q = _codes(wide, np.where(step == 0, np.float32(1), step), zero, bits)
+            gap = q * step[:, None]
+            gap += zero[:, None]
+            gap -= wide
+            now = _total(gap, counts)
+            better = np.flatnonzero(now < least)  # never where something is Inf or NaN
             least[better] = now[better]
-            codes[better], scales[better], biases[better] = q[better], s[better], b[better]
+            best[better], s[better], b[better] = q[better], stored[0][better], stored[1][better]
             scale, bias = _regression(wide, q, scale, counts)
+
+    def error(codes: Any, scales: Any, biases: Any) -> Any:
+        return _total(_read_back(codes, scales, biases).astype(np.float32) - wide, counts)
+
+    better = error(best, s, b) < error(codes, scales, biases)
+    codes[better], scales[better], biases[better] = best[better], s[better], b[better]
+
+
+def _total(gap: Any, counts: Any) -> Any:
+    """The sums of squares (groups,)."""
+    import numpy as np
+
+    return np.einsum("ij,ij->i", gap, gap if counts is None else gap * counts)
 
 
 def _regression(wide: Any, codes: Any, scale: Any, counts: Any) -> tuple[Any, Any]:
     """The scale and bias that fit codes best; the scale stays where all codes are one."""
     import numpy as np
 
-    q = codes.astype(np.float32)
     if counts is not None:
-        return _weighted(wide, q, scale, counts)
-    centre, mean = q.mean(1), wide.mean(1)
-    q -= centre[:, None]
+        return _weighted(wide, codes, scale, counts)
+    centre, mean = codes.mean(1), wide.mean(1)
+    q = codes - centre[:, None]
     spread = np.einsum("ij,ij->i", q, q)
     fitted = np.divide(np.einsum("ij,ij->i", q, wide), spread, out=scale.copy(), where=spread > 0)
     return fitted, mean - fitted * centre
 
 
 def _weighted(wide: Any, q: Any, scale: Any, counts: Any) -> tuple[Any, Any]:
-    """`_regression` of squares that count; in float64, for they may count very differently."""
+    """`_regression` of squares that count; sums in float64, for they may count very differently."""
     import numpy as np
 
-    share = counts / counts.sum(1, keepdims=True)
+    share = counts / counts.sum(1, keepdims=True, dtype=np.float64)
     centre, mean = (np.einsum("ij,ij->i", share, x)[:, None] for x in (q, wide))
     q, gap = q - centre, wide - mean
-    spread = np.einsum("ij,ij,ij->i", share, q, q)
-    top = np.einsum("ij,ij,ij->i", share, q, gap)
+    heavy = share * q
+    spread = np.einsum("ij,ij->i", heavy, q)
+    top = np.einsum("ij,ij->i", heavy, gap)
     fitted = np.divide(top, spread, out=scale.astype(np.float64), where=spread > 1e-12)
     return fitted.astype(np.float32), (mean[:, 0] - fitted * centre[:, 0]).astype(np.float32)
 

@@ -39,6 +39,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "mixed, as large as 3 bits in groups of 16": {"size": "3 bits, groups of 16"},
     "2 bits, groups of 16": {"palettize": 2, "group_size": 16},
 }
+# heading -> how the base's folder is packed for mlx-lm; groups of 64
+FOLDERS: dict[str, dict[str, Any]] = {
+    "4 bits": {"quantize": "mlx4"},
+    "mixed, as large as 4 bits": {"bits_per_weight": 4.5},
+    "mixed, 3.7 bits": {"bits_per_weight": 3.7},
+}
 TEXT = """# Compression: what bits cost
 
 Made by `scripts/compression_table.py`.
@@ -50,7 +56,8 @@ the text (the reference interpreter does, in float32; no Core ML is needed), tak
 input channel, and lets squared errors count by it. Without that, 4 bits with one table per matrix leave
 nothing of this model.
 
-`--size 70MB` or `--bits-per-weight 3.7` choose a width for each matrix. With `--calibrate` they also choose
+`--size 70MB` or `--bits-per-weight 3.7` choose a width for each matrix, with a scale for each row: the sum of
+relative squared errors is the least that the size allows. With `--calibrate` they also choose
 how many rows share a table (all, 16, 4 or 1), and the matrices of one kind in a few neighbouring layers are
 changed together, alone among all, to measure what that does to the predictions (KL on 64 tokens of the
 text); bits then go where the predictions gain most per byte. `--plan` shows the table of errors and the
@@ -61,6 +68,17 @@ What is lost is measured behind each calibrated compression, on a part of the te
 calibrated with. Give a text like what the model will read: a page is enough, more than 256 tokens are
 not used.
 
+`--quantize int8` and `int4` have a scale for each row; `--group-size 32` or `--granularity block` one for each
+32 inputs of a row, `--granularity tensor` one for all. `--asymmetric` adds an offset: it pays where a row's
+values lie on one side. Scales are searched for the least squared error, weighed by the inputs where a text
+is given.
+
+A base's folder (`loraduct compress BASE -o OUT`) is packed for mlx-lm with `--quantize mlx4`, or a width for each
+layer with `--bits-per-weight` and `--size`; stock mlx-lm loads it. Scales and biases are searched for the least
+error (`--plain`: as `mx.quantize` has them). `--calibrate` does there what it does for packages; the model is
+then run by transformers. `--expanded` writes a copy in the base's own dtype with the values that tables
+or integers would give, to be evaluated by any tool.
+
 ## SmolLM2-135M-Instruct
 
 On a page of English prose ({page}, {tokens} tokens; calibrated on {calibration}, another one). KL and top-1
@@ -70,6 +88,13 @@ run by the reference interpreter from the packages that were written. "reply" is
 
 | | text | size | bits | perplexity | KL | top-1 | reply: perplexity | KL | top-1 |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|
+"""
+OF_FOLDERS = """
+The base's folder packed for mlx-lm, in groups of 64 (with scale and bias 4 bits are 4.5 per weight), on the same
+page:
+
+| | text | size | bits | perplexity | KL | top-1 |
+|---|---|---:|---:|---:|---:|---:|
 """
 
 
@@ -159,10 +184,44 @@ def main() -> None:
         "page": f"`{PAGE.relative_to(REPO)}`",
         "calibration": f"`{CALIBRATION.relative_to(REPO)}`",
     }
+    _folders(kept, ids)
     head = TEXT.format(**names, tokens=len(ids[0]))
     order = [f"{h}|{how}" for h in ("FLOAT16", *ROWS) for how in ("", "calibrated")]
     body = "".join(line(k, rows[k]) + "\n" for k in order if k in rows)
+    body += OF_FOLDERS + "".join(line(k, row) + "\n" for k, row in kept["folders"].items())
     (REPO / "docs" / "compression.md").write_text(head + body, encoding="utf-8")
+
+
+def _folders(kept: dict[str, Any], ids: list[list[int]]) -> None:
+    """The rows of `FOLDERS`: the values that MLX computes with, run by transformers."""
+    from loraduct.cli.calibration import OfBase
+    from loraduct.converters.compress_base import compress, decompress
+    from loraduct.converters.compress_wanted import Wanted
+    from loraduct.formats import base as base_folder
+    from loraduct.validation import calibrate
+    from loraduct.validation.calibrate_base import Runner
+
+    rows = kept.setdefault("folders", {})
+    exact = Runner(base_folder.read(BASE)).logits(ids)
+    for heading, options in FOLDERS.items():
+        for how in ("", "calibrated"):
+            key = f"{heading}|{how}"
+            if key in rows:
+                continue
+            text = OfBase(
+                BASE, CALIBRATION, BASE, adapters=False, probing="quantize" not in options
+            )
+            given = text.calibration() if how else None
+            packed, plain = ROOM / "packed", ROOM / "plain"
+            made = compress(BASE, packed, Wanted(**options, calibration=given))
+            decompress(packed, plain, force=False)
+            found = calibrate.quality("", ids, exact, Runner(base_folder.read(plain)).logits(ids))
+            per_weight = 8 * made.nbytes / made.weights
+            rows[key] = [made.after, per_weight, [found.as_json()]]
+            shutil.rmtree(packed)
+            shutil.rmtree(plain)
+            keep(kept)
+            print(line(key, rows[key]), flush=True)
 
 
 def line(key: str, row: Any) -> str:

@@ -119,6 +119,33 @@ def test_the_report_is_a_dense_computation(cli, bases, tmp_path, bits, group, re
         assert said["bytes"]["before"] == said["bytes"]["after"]
 
 
+@pytest.mark.parametrize("size", [0.003, 0.1])
+def test_rescale_errs_least(cli, bases, tmp_path, size):
+    """Group by group: than mx.quantize's scales, and than the base's own with the nearest codes."""
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", size)
+    fused(cli, packed, adapter, tmp_path / "out", "--remedy", "rescale", "--no-report")
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    held = mx.load(str(packed / "model.safetensors"))
+    own = others = 0
+    for module, (a, b) in fusing.factors(adapter).items():
+        total = dense(packed, module) + alpha / 4 * b @ a
+
+        def error(values, total=total):
+            return np.square(values - total).reshape(len(total), -1, 32).sum(2)
+
+        s, low = (np.repeat(np.array(held[f"{module}.{p}"], np.float64), 32, 1) for p in PARTS[1:])
+        kept = error(np.clip(np.rint((total - low) / np.where(s, s, 1)), 0, 15) * s + low)
+        w, *steps = mx.quantize(mx.array(total.astype(np.float32)), group_size=32, bits=4)
+        s, low = (x.astype(mx.float16).astype(mx.float32) for x in steps)  # as they are stored
+        theirs = error(np.array(mx.dequantize(w, s, low, group_size=32, bits=4), np.float64))
+        got = error(dense(tmp_path / "out", module))
+        assert (got <= 1.0001 * np.minimum(kept, theirs) + 1e-12).all()
+        own += (got >= 0.9999 * kept).sum()
+        others += (got < 0.9999 * kept).sum()
+    assert own if size < 0.01 else others > own  # both are met with
+
+
 def test_packed_as_mlx_packs(cli, bases, tmp_path):
     """Remedy none: bit for bit what mx.quantize makes of the float32 sum."""
     plain, packed = bases(mixed=True)
