@@ -1,4 +1,4 @@
-"""Writes docs/fusing.md: what survives of an adapter in bases of 4 bits, by remedy. Takes 15 minutes.
+"""Writes docs/fusing.md: what survives of an adapter in bases of 4 bits, by remedy. Takes half an hour.
 
 Needs the base that `make demo` makes, and the extras torch and mlx.
 """
@@ -22,18 +22,10 @@ ADAPTER = REPO / "examples" / "reply"
 # heading -> how many times the adapter's update is taken
 SIZES = {"as it was trained": 1.0, "scaled to about 1 % of the weights": 2.4}
 WAYS = [("none", 0.0), ("rescale", 0.0), ("compensate", 0.0), ("bits", 0.1), ("bits", 0.3)]
-# kind of base -> heading, sizes, and ways; tables of 8 bits for every 16 rows take minutes to make
-KINDS: dict[str, tuple[str, list[str], list[tuple[str, float]]]] = {
-    "mlx": (
-        "A model folder packed by mlx-lm: 4 bits, groups of 64",
-        list(SIZES),
-        [*WAYS, ("bits", 1.0)],
-    ),
-    "package": (
-        "A Core ML package: tables of 4 bits, one for every 16 rows",
-        list(SIZES)[:1],
-        WAYS,
-    ),
+# kind of base -> heading, and ways
+KINDS: dict[str, tuple[str, list[tuple[str, float]]]] = {
+    "mlx": ("A model folder packed by mlx-lm: 4 bits, groups of 64", [*WAYS, ("bits", 1.0)]),
+    "package": ("A Core ML package: tables of 4 bits, one for every 16 rows", WAYS),
 }
 TEXT = """# Fusing an adapter into its base
 
@@ -142,7 +134,7 @@ def table(kind: str, adapter_folder: Path) -> tuple[float, float, list[str]]:
         "| remedy | bytes | share | cosine | codes | effect | KL |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for remedy, growth in KINDS[kind][2]:
+    for remedy, growth in KINDS[kind][1]:
         plan = engine.plan(base, given, fuse_folder.Options(remedy=remedy, growth=growth))
         with tempfile.TemporaryDirectory() as folder:
             engine.write(plan, Path(folder))
@@ -164,9 +156,9 @@ def table(kind: str, adapter_folder: Path) -> tuple[float, float, list[str]]:
 def main() -> None:
     """Measure and write."""
     parts, sides = [TEXT], []
-    for kind, (what, sizes, _) in KINDS.items():
+    for kind, (what, _) in KINDS.items():
         parts.append(f"\n## {what}\n")
-        for heading in sizes:
+        for heading in SIZES:
             with tempfile.TemporaryDirectory() as folder:
                 size, side, rows = table(kind, scaled(Path(folder) / "a", SIZES[heading]))
             parts.append(f"\n### The update {heading} (||dW|| = {size:.2%} of ||W||)\n\n")
