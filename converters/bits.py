@@ -10,7 +10,7 @@ there are too many, the greedy plan is kept, with what else fits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -68,16 +68,17 @@ def estimates(
 def sampled(
     weight: Any, options: Sequence[Options], *, importance: Any = None, name: str | None = None
 ) -> list[float]:
-    """The squared error of tables for groups of rows, each estimated on evenly spread groups."""
+    """The squared error of tables for groups of rows, each estimated on evenly spread groups; of one table
+    whose rows have scales, which make them alike, on evenly spread rows."""
     import numpy as np
 
     high, found = len(weight), []
     for one in options:
-        group = one.group or high
+        group = one.group or (1 if one.scaled else high)
         count = max(1, min(high // group, SAMPLE * high // (weight.size * group)))
         firsts = np.linspace(0, high // group - 1, count).astype(int) * group
         rows = np.concatenate([weight[at : at + group] for at in firsts])
-        made = palettize.palettize(rows, one, importance=importance, name=name)
+        made = palettize.palettize(rows, replace(one, quick=True), importance=importance, name=name)
         found.append(made.error * high / len(rows))
     return found
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraduct.converters import palette, palettize, quantize
+from loraduct.converters import palette, quantize
 from loraduct.converters.compress_sites import NEW, OLD, Weight
 from loraduct.errors import Refused
 from loraduct.formats.coreml.blob import ALIGN, CODES
@@ -28,8 +26,6 @@ from loraduct.formats.coreml.program import (
 )
 from loraduct.packing import packed
 
-TOGETHER = 1 << 23  # numbers of tensors that are clustered together, at most
-AHEAD = 1 << 26  # numbers of tensors that are being encoded, or wait to be written
 BLOCK = 1 << 22  # numbers packed at once
 _PIECE = 1 << 16  # numbers expanded at once: numpy widens their indices to eight bytes
 _SCALED = "_unscaled"  # name of what a scale is applied to
@@ -165,89 +161,7 @@ def stored_bytes(weight: Weight, way: Way | None, form: str) -> int:
     return sum(a.stored for a in arguments(weight, way, form))
 
 
-@dataclass(frozen=True)
-class Item:
-    """A tensor to be encoded. ``read`` gives its values; ``importance`` (input channels,), what
-    squared errors count."""
-
-    weight: Weight
-    way: Way
-    read: Callable[[], Any]
-    importance: Any = None
-
-
 Found = palette.Palette | quantize.Linear
-
-
-def coded(items: Iterable[Item], threads: int) -> Iterator[tuple[Found, int]]:
-    """The tensors in few bits and the digests of what they stand for, in order.
-
-    As many are encoded side by side as there are threads, while others wait to be written; small
-    neighbours with one table each are clustered together.
-    """
-    waiting: deque[tuple[Future[list[tuple[Found, int]]], int]] = deque()
-    held, pool = 0, ThreadPoolExecutor(threads)
-    try:
-        for batch in _batches(items):
-            size = sum(item.weight.count for item in batch)
-            while waiting and held + size > AHEAD:
-                first, count = waiting.popleft()
-                yield from _taken(first)
-                held -= count
-            waiting.append((pool.submit(_batch, batch), size))
-            held += size
-        while waiting:
-            yield from _taken(waiting.popleft()[0])
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _taken(future: Future[list[tuple[Found, int]]]) -> Iterator[tuple[Found, int]]:
-    """What a batch gave, each tensor forgotten here once it is handed out."""
-    found = future.result()
-    del future
-    found.reverse()
-    while found:
-        yield found.pop()
-
-
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        if batch and not _beside(batch, item):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-def _beside(batch: Sequence[Item], item: Item) -> bool:
-    """Whether a tensor is clustered with those of a batch."""
-    first, way = batch[0], item.way
-    alike = way == first.way and item.weight.dtype == first.weight.dtype
-    plain = replace(way, bits=0) == Way("lut", 0) and item.importance is None
-    size = sum(i.weight.count for i in [*batch, item])
-    return alike and plain and first.importance is None and size <= TOGETHER and (
-        len(batch) < palettize.TOGETHER
-    )  # fmt: skip
-
-
-def _batch(batch: Sequence[Item]) -> list[tuple[Found, int]]:
-    first = batch[0]
-    way, name, kind = first.way, first.weight.name, first.weight.dtype.lower()
-    if way.kind == "int":
-        options = linear(way, kind)
-        made: list[Found] = [
-            quantize.quantize(first.read(), options, importance=first.importance, name=name)
-        ]
-    elif len(batch) == 1:
-        given = first.importance
-        made = [palettize.palettize(first.read(), tables(way, kind), importance=given, name=name)]
-    else:
-        tensors = ((item.weight.name, item.read()) for item in batch)
-        made = [found for _, found in palettize.palettize_all(tensors, tables(way, kind))]
-    return [(found, digest(found)) for found in made]
 
 
 def tables(way: Way, kind: str) -> palette.Options:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loraduct import files
 from loraduct.converters import compress_code as code
+from loraduct.converters import compress_encode
 from loraduct.converters.compress_plan import Plan
 from loraduct.converters.compress_report import Report, Row
 from loraduct.converters.compress_sites import Weight, blocks_of, operations, references
@@ -51,9 +52,9 @@ class Encoder:
         self.digests: dict[int, int] = {}
         self.given: dict[int, dict[str, Any]] = {}
         self.now: dict[str, Any] = {}
-        self.results = code.coded(
+        self.results = compress_encode.coded(
             (
-                code.Item(
+                compress_encode.Item(
                     w,
                     plan.ways[w.offset],
                     partial(values_of, package, w),

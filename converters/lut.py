@@ -142,7 +142,11 @@ class _Solver:
 
         code = self.code
         rows = [(code.values, code.counts)]
-        lut = self.tables(rows, False) if table is None else self.stored(table[None], rows)
+        lut = (
+            self.tables(rows, self.options.quick)
+            if table is None
+            else self.stored(table[None], rows)
+        )
         entry = _nearest_sorted(code.values, lut[0])
         of_code = entry if code.position is None else entry[code.position]
         source = code.flat if code.position is not None else code.codes

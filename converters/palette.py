@@ -23,7 +23,8 @@ class Options:
 
     ``ragged``: the last group may be shorter. ``vector``: numbers per entry, along ``axis``.
     ``scaled``: each channel along axis 0 is divided by a scale first. ``lut``: dtype of entries.
-    ``bf16``: uint16 holds bfloat16, not float16.
+    ``bf16``: uint16 holds bfloat16, not float16. ``quick``: one table is searched as hastily as those of
+    groups, for estimates.
     """
 
     bits: int | None
@@ -35,6 +36,7 @@ class Options:
     scaled: bool = False
     lut: str = "float16"
     bf16: bool = False
+    quick: bool = False
 
 
 @dataclass(frozen=True)

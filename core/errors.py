@@ -12,7 +12,7 @@ Every message is one line: file, tensor or field, what was found, what was expec
 from __future__ import annotations
 
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from loraduct.text import printable
 
@@ -21,6 +21,14 @@ class LoraductError(Exception):
     """Base of all errors that are meant for people."""
 
     exit_code: ClassVar[int] = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes: the message, not what it was made of."""
+        return _again, (type(self), str(self))
+
+
+def _again(kind: type[LoraductError], message: str) -> LoraductError:
+    return kind.__new__(kind, message)
 
 
 class Refused(LoraductError):
