@@ -67,11 +67,11 @@ refused, and new tables where they run along both axes; `loraduct decompress` is
 Measured on SmolLM2-135M-Instruct with `examples/reply`, rank 4 on all linear layers, and four short texts.
 """
 AFTER = """
-What it takes: an update this small does not fit into 4 bits; in the folder, nor does one of 1 % of the
-weights. No way to round reaches an effect of 0.8 within 10 % more bytes; in the folder
-8 bits for every adapted layer are needed, in the package for the layers that 30 % more bytes pay for. Beside
-the base the update is whole and costs less than any of them ({sides}): the side path is the
-remedy that reaches 0.8 within 10 %, and it is what the verb then recommends.
+What it takes: updates this small do not fit into 4 bits. No way to round reaches an effect of 0.8 within 10 %
+more bytes on these texts (0.73 to 0.79; on two others `bits` came to 0.81). The update as it was trained
+takes 30 % more bytes in either; one of 1 % takes 8 bits for every adapted layer in the folder (+70 %), and
+more than 30 % in the package. Beside the base the update is whole and costs less than any of them ({sides}):
+the side path is the remedy that reaches 0.8 within 10 %, and it is what the verb then recommends.
 """
 
 
