@@ -128,10 +128,7 @@ def test_a_text_lessens_what_is_lost(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("bits", [3.7, 4.7])
-def test_smollm2_packed_to_a_budget_loses_less_with_a_text(
-    cli: Cli, tmp_path: Path, bits: float
-) -> None:
+def test_smollm2_packed_to_a_budget_loses_less_with_a_text(cli: Cli, tmp_path: Path) -> None:
     """On a page that was not calibrated with, with the values that mlx computes with; sizes as asked."""
     pytest.importorskip("mlx")
     from transformers import AutoTokenizer
@@ -144,10 +141,7 @@ def test_smollm2_packed_to_a_budget_loses_less_with_a_text(
     ids = AutoTokenizer.from_pretrained(base)(page)["input_ids"][:256]
     p, lost = logs(base, ids), {}
     for name, more in {"without": [], "with": ["--calibrate", data / "calibration.txt"]}.items():
-        said = compressed(cli, base, tmp_path / name, "--bits-per-weight", bits, *more)
-        assert said["bits_per_weight"] <= bits
-        q = logs(base, ids, mlx_values(tmp_path / name))
-        lost[name] = divergence(p, q)
-        print(f"{bits} bits, {name}: perplexity {np.exp(loss(p, ids)):.1f} -> {np.exp(loss(q, ids)):.1f}"
-              f", KL {lost[name]:.3f}, {said['bytes']['after'] / 1e6:.1f} MB")  # fmt: skip
+        said = compressed(cli, base, tmp_path / name, "--bits-per-weight", 3.7, *more)
+        assert said["bits_per_weight"] <= 3.7
+        lost[name] = divergence(p, logs(base, ids, mlx_values(tmp_path / name)))
     assert lost["with"] < 0.8 * lost["without"], lost
