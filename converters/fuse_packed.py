@@ -218,7 +218,7 @@ def _rescaled(s: Any, b: Any, block: Any, m: Module) -> tuple[Any, Any, Any]:
     import numpy as np
 
     codes: Any = np.zeros(block.shape, np.float32)
-    scales, biases, least = s.copy(), b.copy(), np.inf
+    scales, biases, least = s, b, np.inf
     for steps in ((s, b), *(_anew(block, m, mode)[1:] for mode in ("optimal", "mlx"))):
         found, _, error = _nearest(*steps, block, m)
         total = np.square(error).reshape(*s.shape, -1).sum(2, dtype=np.float64)

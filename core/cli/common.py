@@ -21,19 +21,22 @@ base_option = click.option(
 )
 
 
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """An option's callback that refuses NaN, which click takes for within any range."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number")
-    return value
+class Number(click.FloatRange):
+    """A finite number, within bounds: click takes NaN for within any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Fails for NaN and infinities."""
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{found} is not a finite number", param, ctx)
+        return found
 
 
 _READING = (
     click.option("--adapter", "adapter_name", metavar="NAME", help="Which of several adapters."),
     click.option(
         "--scale",
-        type=float,
-        callback=finite,
+        type=Number(),
         help="Scale of an old adapters.npz without a config [20].",
     ),
     click.option(

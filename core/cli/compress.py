@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loraduct.cli.common import PATH, json_option, print_json
+from loraduct.cli.common import PATH, Number, json_option, print_json
 
 # what a target is -> the module that compresses it
 KINDS = {
@@ -32,7 +32,7 @@ CALIBRATED = {"package": "OfPackage", "base": "OfBase"}  # who measures what --c
     help="Integers times a scale per channel; of a base's folder, packed for mlx-lm.",
 )
 @click.option(
-    "--bits-per-weight", type=click.FloatRange(0, 16, min_open=True),
+    "--bits-per-weight", type=Number(0, 16, min_open=True),
     help="A width for every tensor, so that this is the average and the error the least.",
 )  # fmt: skip
 @click.option("--size", metavar="SIZE", help="The same, for a size of all in all, such as 60MB.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraduct.cli.common import PATH, base_option, json_option, print_json, reading_options
+from loraduct.cli.common import PATH, Number, base_option, json_option, print_json, reading_options
 
 if TYPE_CHECKING:
     from loraduct.adapter import Adapter
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Or by the rank that keeps this share of the squared norm, such as 0.99.",
 )
 @click.option(

@@ -11,7 +11,7 @@ import click
 
 from loraduct.cli.common import (
     PATH,
-    finite,
+    Number,
     json_option,
     need_output,
     print_json,
@@ -31,7 +31,7 @@ _WORST = 5  # modules that are named
 @writing_options
 @click.option("--rank", type=click.IntRange(1, 65536), help="Directions to keep of every module.")
 @click.option(
-    "--energy", type=click.FloatRange(0, 1, min_open=True), callback=finite,
+    "--energy", type=Number(0, 1, min_open=True),
     help="Or as many as keep this share of the squared norm, such as 0.99.",
 )  # fmt: skip
 @click.option(

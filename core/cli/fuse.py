@@ -13,8 +13,8 @@ import click
 
 from loraduct.cli.common import (
     PATH,
+    Number,
     base_option,
-    finite,
     json_option,
     need_output,
     print_json,
@@ -69,7 +69,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
     show_default=True, help="How a base in few bits keeps a small update; auto compares them.",
 )  # fmt: skip
 @click.option(
-    "--growth", type=click.FloatRange(0, 4), callback=finite, default=0.1, show_default=True,
+    "--growth", type=Number(0, 4), default=0.1, show_default=True,
     help="With --remedy bits: bytes that may be added, as a share of the base's.",
 )  # fmt: skip
 @click.option(
@@ -80,8 +80,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option(
     "--min-effect",
-    type=click.FloatRange(0, 1),
-    callback=finite,
+    type=Number(0, 1),
     help="Fail (exit 3) below this cosine of the effect.",
 )
 @click.option(

@@ -12,8 +12,8 @@ import click
 
 from loraduct.cli.common import (
     PATH,
+    Number,
     base_option,
-    finite,
     json_option,
     need_output,
     print_json,
@@ -50,14 +50,12 @@ METHODS = [
 @click.option("--rank", type=click.IntRange(1, 65536), help="Cut the result to this rank.")
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=finite,
+    type=Number(0, 1, min_open=True),
     help="Or to the rank that keeps this share of the squared norm, such as 0.99.",
 )
 @click.option(
     "--density",
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=finite,
+    type=Number(0, 1, min_open=True),
     help="Share of entries that TIES, DARE and magnitude keep.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the methods that draw.")

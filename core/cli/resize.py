@@ -9,8 +9,8 @@ import click
 
 from loraduct.cli.common import (
     PATH,
+    Number,
     base_option,
-    finite,
     json_option,
     need_output,
     print_json,
@@ -24,14 +24,12 @@ from loraduct.cli.common import (
 @click.option("--rank", type=click.IntRange(1, 65536), help="Of every module (or on average).")
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=finite,
+    type=Number(0, 1, min_open=True),
     help="Share of the squared norm to keep, such as 0.95.",
 )
 @click.option(
     "--error",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    callback=finite,
+    type=Number(0, 1, min_open=True, max_open=True),
     help="Share of the norm that may be lost, such as 0.05.",
 )
 @click.option("--per-module", is_flag=True, help="A rank of its own for every module.")

@@ -199,6 +199,7 @@ def run(*words: Any) -> Any:
 
 BAD: dict[str, tuple[str, int]] = {
     "x.mlpackage --bits-per-weight 0.5": ("the smallest possible is", 1),
+    "x.mlpackage --bits-per-weight nan": ("nan is not a finite number", 2),
     "x.mlpackage --size 1KB": ("the smallest possible is", 1),
     "x.mlpackage --size huge": ("is no size", 1),
     "x.mlpackage --palettize 4 --size 1MB": ("give one of", 2),
