@@ -247,6 +247,15 @@ class Tensor:
             return as_float32(flat, self.dtype).reshape(self.shape)
         return as_float32(self.rows(0, self.shape[0], finite=finite), self.dtype)
 
+    def read_into(self, out: Any) -> None:
+        """The whole result as float32 in ``out``, a contiguous array of its shape."""
+        as_stored = self.factor == 1.0 and self.size is None and self.stored_dtype == self.dtype
+        if self.source is None or self.dtype != "F32" or self.transposed or not as_stored:
+            out[...] = self.read().reshape(self.shape)
+            return
+        self.source.read_into(self.offset, out, self.name)
+        self._require_finite(out)
+
     def chunks(self, loss: Loss | None = None, at: int = 0) -> Iterator[Any]:
         """The result's bytes in order, as C-contiguous arrays that hold until the next is asked for.
 

@@ -56,7 +56,11 @@ def test_lazy_operations_are_numpys(
     tensor = tensor.to(target)
     expected = np.pad(expected, ((0, pad[0]), (0, pad[1])))
     # one rounding, from the exact product: ml_dtypes and numpy round to nearest even
-    np.testing.assert_array_equal(result(tensor), expected.astype(NUMPY[target]))
+    expected = expected.astype(NUMPY[target])
+    np.testing.assert_array_equal(result(tensor), expected)
+    out = np.full(expected.shape, np.nan, np.float32)
+    tensor.read_into(out)
+    np.testing.assert_array_equal(out, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("shape", [(3, 700_001), (700_001, 3), (1500, 1500)])
@@ -89,6 +93,8 @@ def test_not_finite_is_refused(tmp_path: Path, dtype: str, bad: float, shape: An
     tensor = stored(tmp_path / "file", array, dtype)
     with pytest.raises(Refused, match="NaN or Inf"):
         result(tensor)
+    with pytest.raises(Refused, match="NaN or Inf"):
+        tensor.read_into(np.empty(shape, np.float32))
 
 
 def test_overflow_of_a_cast_is_refused(tmp_path: Path) -> None:

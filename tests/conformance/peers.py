@@ -12,7 +12,7 @@ import re
 import shutil
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.numpy import load_file as _load_numpy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from zoo import TOKENS
 
 Arrays = dict[str, np.ndarray]
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -99,6 +100,15 @@ def hf_base(base: Path) -> torch.nn.Module:
 @torch.no_grad()
 def torch_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     return model.eval()(torch.from_numpy(tokens)).logits.float().numpy()
+
+
+@torch.no_grad()
+def exact_logits(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """The same in float64, to tell the libraries' float32 noise by. Changes the model."""
+    for module in model.modules():
+        if hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("eager")  # torch's grouped product lacks float64
+    return model.double().eval()(torch.from_numpy(tokens)).logits.numpy()
 
 
 @torch.no_grad()
@@ -287,13 +297,28 @@ def cast_mlx(folder: Path, dtype: Any) -> None:
 # --- comparisons ----------------------------------------------------------------------------
 
 
-def assert_same_logits(found: np.ndarray, expected: np.ndarray, base: np.ndarray) -> None:
-    """Equal to 1e-5 of the logits' size, and by far closer than the adapter moves them."""
+def assert_same_logits(
+    found: np.ndarray,
+    expected: np.ndarray,
+    base: np.ndarray,
+    model: Callable[[], torch.nn.Module] | None = None,
+) -> None:
+    """Equal to 1e-5 of the logits' size, and by far closer than the adapter moves them.
+
+    Some architectures amplify float32's rounding beyond that, on some processors: ``model`` gives
+    torch's adapted model, and then what it is itself off from float64 counts, four times.
+    """
     difference = float(np.abs(found - expected).max())
     effect = float(np.abs(expected - base).max())
     size = max(1.0, float(np.abs(expected).max()))
     assert np.isfinite(found).all()
-    assert difference <= 1e-5 * size, f"logits differ by {difference:.2e} (size {size:.1f})"
+    bound = 1e-5 * size
+    if difference > bound and model is not None:
+        adapted = model()
+        torchs = torch_logits(adapted, TOKENS)
+        bound = 4 * float(np.abs(torchs - exact_logits(adapted, TOKENS)).max())
+        assert bound <= 1e-3 * size
+    assert difference <= bound, f"logits differ by {difference:.2e} (size {size:.1f})"
     assert effect >= 1000 * difference, f"effect {effect:.2e} against difference {difference:.2e}"
     assert effect > 0.02, f"the adapter does next to nothing: {effect:.2e}"
 

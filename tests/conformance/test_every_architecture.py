@@ -175,7 +175,8 @@ def test_from_peft(
     )
     there = convert(source, "mlx", "--base", base(name).hf)
     found = peers.mlx_logits(base(name).mlx, there, zoo.TOKENS)
-    peers.assert_same_logits(found, expected, plain)
+    adapted = lambda: PeftModel.from_pretrained(hf_base(name), source)
+    peers.assert_same_logits(found, expected, plain, adapted)
     back = convert(there, "peft", "--base", base(name).hf)
     changed = peers.changed_tensors(source / peers.PEFT_WEIGHTS, back / peers.PEFT_WEIGHTS)
     assert [n for n in changed if not re.search(more.MORE[name].lost, n)] == []
@@ -265,7 +266,7 @@ def test_from_peft_on_the_whole_model(
     peft.save_pretrained(source)
     there = convert(source, "mlx", "--base", folder)
     found = peers.mlx_logits(folder, there, zoo.TOKENS)
-    peers.assert_same_logits(found, peers.torch_logits(peft, zoo.TOKENS), plain)
+    peers.assert_same_logits(found, peers.torch_logits(peft, zoo.TOKENS), plain, lambda: peft)
     back = convert(there, "peft", "--base", folder)
     assert not peers.changed_tensors(source / peers.PEFT_WEIGHTS, back / peers.PEFT_WEIGHTS)
 
@@ -300,7 +301,8 @@ def test_from_mlx(
         model = PeftModel.from_pretrained(hf_base(name), result).eval()
     used = get_peft_model_state_dict(model, save_embedding_layers=False)
     assert set(peers.raw_tensors(result / peers.PEFT_WEIGHTS)) == set(used)
-    peers.assert_same_logits(peers.torch_logits(model, zoo.TOKENS), expected, plain)
+    found = peers.torch_logits(model, zoo.TOKENS)
+    peers.assert_same_logits(found, expected, plain, lambda: model)
     again = convert(result, "mlx", "--base", base(name).hf)
     assert not peers.changed_tensors(
         tmp_path / "mlx" / peers.MLX_WEIGHTS, again / peers.MLX_WEIGHTS
