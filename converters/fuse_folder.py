@@ -217,11 +217,15 @@ def _widened_config(config: Mapping[str, Any], held: Mapping[str, Module]) -> di
 
 
 def idle(adapters: Sequence[tuple[Adapter, float]]) -> list[str]:
-    """A note on each adapter of weight 0. Raises Refused where all are."""
+    """A note on each adapter that adds nothing. Raises Refused where all are."""
     if not any(weight for _, weight in adapters):
         raise Refused(adapters[0][0].path, "every weight is 0: nothing is left to fuse")
-    named = [printable(a.path.name, 80) for a, weight in adapters if weight == 0]
-    return [f"{name} has weight 0: it contributes nothing" for name in named]
+    found = []
+    for adapter, weight in adapters:
+        zero = ["has weight 0: it contributes nothing"] if weight == 0 else []
+        why = zero + [n.text for n in adapter.notes if n.kind == "zero"]
+        found += [f"{printable(adapter.path.name, 80)}: {what}" for what in why]
+    return found
 
 
 def kinship(

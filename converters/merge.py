@@ -269,7 +269,8 @@ def _explained(
     notes = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if not any(weight[m] for m in adapter.low_rank):
-            notes.append(f"{adapter.path.name} has weight 0: it contributes nothing")
+            notes.append(f"{adapter.path.name}: has weight 0: it contributes nothing")
+        notes += [f"{adapter.path.name}: {n.text}" for n in adapter.notes if n.kind == "zero"]
     if len(adapters) > 1 and all(len(p) < 2 for p in parts.values()):
         notes.append("no module is adapted by more than one of them: each keeps its own")
     quantised = {a.path.name: a.base.quantization for a in adapters if a.base.quantization}

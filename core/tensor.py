@@ -247,6 +247,24 @@ class Tensor:
             return as_float32(flat, self.dtype).reshape(self.shape)
         return as_float32(self.rows(0, self.shape[0], finite=finite), self.dtype)
 
+    def is_zero(self) -> bool:
+        """Whether all floats in the file are zero; False for values that are not from a file."""
+        if self.source is None or self.stored_dtype not in FLOATS:
+            return False
+        step = 1 << 16
+        for at in range(0, self.stored_nbytes, step):
+            count = min(step, self.stored_nbytes - at)
+            piece = self.source.read(self.offset + at, count, self.name)
+            if piece.strip(b"\0\x80"):  # what -0.0 has too
+                return False
+            import numpy as np
+
+            if as_float32(
+                np.frombuffer(piece, _numpy_dtype(self.stored_dtype)), self.stored_dtype
+            ).any():
+                return False
+        return True
+
     def read_into(self, out: Any) -> None:
         """The whole result as float32 in ``out``, a contiguous array of its shape."""
         as_stored = self.factor == 1.0 and self.size is None and self.stored_dtype == self.dtype
@@ -291,7 +309,7 @@ class Tensor:
         if not is_finite(raw, self.stored_dtype):
             raise Refused(
                 self.path,
-                "holds NaN or Inf; the adapter is broken: retrain or repair it",
+                "holds NaN or Inf: the file is broken; make it again, or repair it",
                 tensor=self.name,
             )
 

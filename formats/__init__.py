@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from loraduct.adapter import Adapter
+from loraduct.adapter import Adapter, Note
 from loraduct.errors import NotRecognised, Refused
 from loraduct.files import check_regular, is_file
 from loraduct.formats.options import ReadOptions
@@ -121,4 +121,17 @@ def read(path: Path, options: ReadOptions | None = None) -> Adapter:
         raise Refused(
             folder, f"is an MLX folder, which holds one adapter; there is no {options.adapter!r}"
         )
-    return module_of(name).read(folder, options)  # type: ignore[no-any-return]
+    adapter: Adapter = module_of(name).read(folder, options)
+    return replace(adapter, notes=(*adapter.notes, *_untrained(adapter)))
+
+
+def _untrained(adapter: Adapter) -> list[Note]:
+    """A note on an adapter that moves nothing; of one that does, a piece of one factor is read."""
+    plain = len(adapter.low_rank) == len(adapter.updates) > 0
+    if plain and all(
+        u.magnitude is None and u.bias is None and (u.b.is_zero() or u.a.is_zero())
+        for u in adapter.low_rank.values()
+    ):
+        what = "every b is zero, as before training: the adapter changes nothing"
+        return [Note("zero", what)]
+    return []

@@ -47,10 +47,13 @@ def method_of(base: Base) -> tuple[Path, str | None]:
             return config, str(method)
         if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
             return config, "bitsandbytes"
+    held = _by_tensors(base)
+    if base.has_weights and held is None:
+        return config, None  # a file that lies there speaks of other weights
     for name, method in _FILES.items():
         if (base.path / name).exists():
             return base.path / name, method
-    return _by_tensors(base) or (config, None)
+    return held or (config, None)
 
 
 def _by_tensors(base: Base) -> tuple[Path, str] | None:

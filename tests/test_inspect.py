@@ -229,3 +229,26 @@ def test_many_ranks_stay_on_one_line(peft_folder: Folder, cli: Cli, tmp_path: Pa
     assert "rsLoRA, ranks per module" in shown
     assert "1, 2, 3, 4, 5, 6, ..." in shown
     assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_an_untrained_adapter_is_said_to_change_nothing(
+    peft_folder: Folder, cli: Cli, tmp_path: Path
+) -> None:
+    """Zeros of either sign, in both formats; one number in the last b is enough to be trained."""
+    folder = peft_folder(**QUERY)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lasts = [n for n in tensors if "lora_B" in n]
+    for n in lasts:
+        tensors[n][...] *= 0  # -0.0 where it was negative
+    assert any(np.signbit(tensors[n]).any() for n in lasts)
+    save_file(tensors, file, {"format": "pt"})
+    assert "the adapter changes nothing" in text(cli, folder)
+    there = tmp_path / "mlx"
+    assert (
+        "the adapter changes nothing" in cli("convert", folder, "--to", "mlx", "-o", there).stdout
+    )
+    assert [t["kind"] for t in document(cli, there)["traps"] if t["kind"] == "zero"] == ["zero"]
+    tensors[lasts[-1]].flat[-1] = np.finfo(tensors[lasts[-1]].dtype).tiny
+    save_file(tensors, file, {"format": "pt"})
+    assert "the adapter changes nothing" not in text(cli, folder)

@@ -308,7 +308,7 @@ def test_weights_of_nothing_and_no_numbers(cli, bases, tmp_path):
         assert not (tmp_path / "out").exists()
     done = cli("fuse", one, f"{two}:0", *out)
     assert done.exit_code == 0
-    assert "note: b has weight 0: it contributes nothing" in done.stdout
+    assert "note: b: has weight 0: it contributes nothing" in done.stdout
 
 
 def test_another_base_is_refused(cli, bases, tmp_path):

@@ -8,6 +8,7 @@ AutoGPTQ ``QuantLinear``, bitsandbytes ``QuantState.as_dict(packed=True)`` and `
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,23 @@ def test_refused_by_every_verb_with_the_way_out(
         assert ("model.dequantize()" in done.stderr) == (method == "bitsandbytes")
         assert done.stderr.count("\n") == 1
         assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_settings_beside_plain_weights_speak_of_others(
+    cli: Any, plain: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """transformers reads the config alone, and so the weights are what they are."""
+    base, adapter = plain
+    there = tmp_path / "base"
+    shutil.copytree(base, there)
+    (there / name).write_text(json.dumps(OLD_GPTQ))
+    done = cli("fuse", adapter, "--base", there, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    alone = cli("fuse", adapter, "--base", base, "-o", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    file = "model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
 
 
 def test_transformers_unpacks_what_we_say_it_does() -> None:
