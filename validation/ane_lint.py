@@ -7,7 +7,7 @@ package: on a Mac, ``loraduct bench`` asks Core ML itself which unit each operat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,11 +203,14 @@ RULES = (
 )  # fmt: skip
 
 
-def lint(package: Package) -> list[Check]:
-    """A warning for each rule that the package hits, or one check that it hits none."""
+def lint(package: Package, names: Sequence[str] | None = None) -> list[Check]:
+    """A warning for each rule that the package hits, or one check that it hits none.
+
+    ``names``: the functions to look at, None: all.
+    """
     found: dict[str, list[str]] = {}
     functions: dict[str, list[str]] = {}
-    for name in package.functions:
+    for name in package.functions if names is None else names:
         one = Function(package, name)
         for rule in RULES:
             hits = list(rule.find(one))

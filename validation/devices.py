@@ -90,6 +90,8 @@ def own(file: Path) -> dict[str, Device]:
     rows = table.get("device")
     if not isinstance(rows, dict) or not rows:
         raise Refused(file, 'holds no devices; expected tables [device."NAME"]')
+    if "all" in rows:
+        raise Refused(file, "device 'all': this means every device; give it another name")
     found = {}
     for name, row in rows.items():
         where = f"device {printable(name, 80)!r}"
@@ -140,20 +142,23 @@ def _made(
 
 
 def find(name: str, known: Mapping[str, Device]) -> list[Device]:
-    """The devices meant by ``name``: a device, a phone's identifier, or ``all``.
+    """The devices meant by ``name``: a device, a phone's identifier, a chip, or ``all``.
 
-    Raises Refused with near names for one that is not known.
+    The name as it stands comes first: people name their own devices as they like. Raises Refused
+    with near names for one that is not known.
     """
     if name == "all":
         return list(known.values())
+    if name in known:
+        return [known[name]]
     plain = {n.casefold(): d for n, d in known.items()}
     plain |= {i.casefold(): d for d in known.values() for i in d.identifiers}
     wanted = name.casefold().removeprefix("apple ").strip()
-    if wanted in plain:
-        return [plain[wanted]]
-    chips = [d for d in known.values() if d.chip.casefold() == wanted]
-    if chips:
-        return [chips[-1]]
+    for one in (name.casefold(), wanted):
+        if one in plain:
+            return [plain[one]]
+        if chips := [d for d in known.values() if d.chip.casefold() == one]:
+            return [chips[-1]]
     names = list(dict.fromkeys([*known, *(d.chip for d in known.values())]))
     begins = [n.casefold() for n in names if wanted and n.casefold().startswith(wanted)][:3]
     near = begins or difflib.get_close_matches(wanted, [n.casefold() for n in names], 3, 0.5)

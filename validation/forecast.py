@@ -148,30 +148,24 @@ def forecast(load: Workload, device: Device, engine: Engine, context: int) -> Fo
 
     Raises Refused for what reads no weights.
     """
+    _check_reads(load)
+    decode = 1 / decode_seconds(load, device, engine, context)
+    prompt = prompt_seconds(load, device, engine, context) / context * 1e3
+    cache = load.buffer_bytes or load.cache_bytes * context
+    memory = load.stored_bytes + load.adapter_bytes + cache
+    return Forecast(
+        load.name, device.name, engine.name, context,
+        prompt, prompt / engine.prompt, prompt * engine.prompt,
+        decode, decode / engine.decode, decode * engine.decode,
+        memory, None if device.memory is None else memory <= USABLE * device.memory,
+        engine.source, tuple(device.assumed),
+    )  # fmt: skip
+
+
+def _check_reads(load: Workload) -> None:
     if not load.weight_bytes:
         what = "holds its weights in no file, or none at all: there is nothing to forecast"
         raise Refused(None, f"{printable(load.name, 200)} {what}")
-    decode = 1 / decode_seconds(load, device, engine, context)
-    prompt = prompt_seconds(load, device, engine, context) / context * 1e3
-    memory = (
-        load.stored_bytes + load.adapter_bytes + (load.buffer_bytes or load.cache_bytes * context)
-    )
-    return Forecast(
-        load.name,
-        device.name,
-        engine.name,
-        context,
-        prompt,
-        prompt / engine.prompt,
-        prompt * engine.prompt,
-        decode,
-        decode / engine.decode,
-        decode * engine.decode,
-        memory,
-        None if device.memory is None else memory <= USABLE * device.memory,
-        engine.source,
-        tuple(device.assumed),
-    )
 
 
 USABLE = 0.5  # of a phone's memory that an app may use, about (assumed)
@@ -295,10 +289,9 @@ def measured(
         what = f"has the schema {printable(repr(found), 40)}, expected {MEASURED}: measure anew"
         raise Refused(file, f"{what} with the program in docs/latency.md")
     engine, rows = value.get("engine"), value.get("points")
-    if engine not in ENGINES:
-        raise Refused(
-            file, f"has the engine {printable(repr(engine), 40)}, expected {', '.join(ENGINES)}"
-        )
+    if not isinstance(engine, str) or engine not in ENGINES:
+        what = f"has the engine {printable(repr(engine), 40)}, expected {', '.join(ENGINES)}"
+        raise Refused(file, what)
     named = value.get("device")
     if not isinstance(named, str):
         raise Refused(file, "names no device")
@@ -307,16 +300,17 @@ def measured(
     except Refused as e:
         raise Refused(file, str(e)) from None
     if len(devices) > 1:
-        raise Refused(
-            file, f"has the device {printable(named, 40)!r}: say the one it was measured on"
-        )
-    (device,) = devices
+        what = f"has the device {printable(named, 40)!r}: say the one it was measured on"
+        raise Refused(file, what)
     if not isinstance(rows, list) or not rows:
         raise Refused(file, "holds no points")
-    return str(engine), [_point(file, i, row, load, device) for i, row in enumerate(rows)]
+    given = (load, devices[0], ENGINES[engine])
+    return engine, [_point(file, i, row, *given) for i, row in enumerate(rows)]
 
 
-def _point(file: Path, i: int, row: Any, load: Workload | None, device: Device) -> Point:
+def _point(
+    file: Path, i: int, row: Any, load: Workload | None, device: Device, engine: Engine
+) -> Point:
     def refuse(what: str) -> Refused:
         return Refused(file, f"point {i}: {what}")
 
@@ -337,20 +331,31 @@ def _point(file: Path, i: int, row: Any, load: Workload | None, device: Device) 
             raise refuse(f"load {e}; take one of loads in `bench --device NAME --json`") from None
     if load is None:
         raise refuse("has no load; name the target that was measured")
-    rates = [k for k in ("tokens_per_second", "ms_per_prompt_token") if row.get(k) is not None]
-    if not rates:
+    given = [k for k in _RATES if row.get(k) is not None]
+    if not given:
         raise refuse("has neither tokens_per_second nor ms_per_prompt_token")
-    found = {k: float(number(k)) for k in rates}
-    return Point(
-        load,
-        device,
-        number("context", whole=True),
-        number("prompt_tokens", whole=True)
-        if "prompt_tokens" in row
-        else number("context", whole=True),
-        found.get("tokens_per_second"),
-        found.get("ms_per_prompt_token"),
-    )
+    decode, prompt = (float(number(k)) if k in given else None for k in _RATES)
+    context = number("context", whole=True)
+    tokens = number("prompt_tokens", whole=True) if "prompt_tokens" in row else context
+    found = Point(load, device, context, tokens, decode, prompt)
+    for key, share in zip(_RATES, _shares(found, engine), strict=True):
+        if share is not None and not SLOWEST < share < FASTEST:
+            what = f"{share:.3g} times what {printable(device.name, 80)}'s figures allow"
+            raise refuse(f"{key} is {row[key]:g}, {what}: check the number and its unit")
+    return found
+
+
+SLOWEST, FASTEST = 1e-9, 10.0  # beyond, a number is no measurement
+_RATES = ("tokens_per_second", "ms_per_prompt_token")
+
+
+def _shares(p: Point, engine: Engine) -> tuple[float | None, float | None]:
+    """The speed of decoding, and of the prompt, over what the device's figures allow."""
+    _check_reads(p.load)
+    read, _, _ = terms(p.load, p.device, engine, 0)
+    least = 1e3 * _prompt_operations(p.load, p.prompt) / rates(p.device, engine)[1] / p.prompt
+    decode, prompt = p.tokens_per_second, p.ms_per_prompt_token
+    return decode and decode * read, prompt and least / prompt
 
 
 def refit(engine: Engine, points: Sequence[Point], source: str) -> Engine:
@@ -358,6 +363,7 @@ def refit(engine: Engine, points: Sequence[Point], source: str) -> Engine:
 
     Where they can tell the constants apart (three points or more that differ), all are fitted; else
     those of decoding are scaled together, so that the forecast goes through what was measured.
+    Raises Refused for prompts that took less than reading the weights for one does.
     """
     decode = [p for p in points if p.tokens_per_second]
     distinct = {terms(p.load, p.device, engine, p.context) for p in decode}
@@ -366,10 +372,10 @@ def refit(engine: Engine, points: Sequence[Point], source: str) -> Engine:
     else:
         found, _ = errors(engine, decode)
         scale = math.exp(sum(math.log1p(e) for e in found) / len(found)) if found else 1.0
-        made = replace(
-            engine, read=engine.read * scale, cache=engine.cache * scale, block=engine.block * scale
-        )
+        read, cache, block = (k * scale for k in (engine.read, engine.cache, engine.block))
+        made = replace(engine, read=read, cache=cache, block=block)
         made = replace(made, compute=_compute(made, points))
+    _check_prompts(made, points)
     off, prompts = errors(made, points)
     return replace(
         made,
@@ -377,6 +383,18 @@ def refit(engine: Engine, points: Sequence[Point], source: str) -> Engine:
         prompt=max(LEAST, factor(prompts)) if prompts else engine.prompt,
         source=source,
     )
+
+
+def _check_prompts(made: Engine, points: Sequence[Point]) -> None:
+    """Raises Refused where no prompt can tell how fast products are, as all else takes longer."""
+    rows = [(p.prompt * p.ms_per_prompt_token, p) for p in points if p.ms_per_prompt_token]
+    free = replace(made, compute=math.inf)
+    least = [1e3 * prompt_seconds(p.load, p.device, free, p.prompt) for _, p in rows]
+    if rows and all(t < at * (1 - 1e-9) for (t, _), at in zip(rows, least, strict=True)):
+        by = "tokens_per_second" if any(p.tokens_per_second for p in points) else "our constants"
+        what = f"a prompt of {rows[0][1].prompt} tokens took {rows[0][0]:.3g} ms, less than reading"
+        what += f" the weights takes by {by}, {least[0]:.3g} ms: measure again, or leave one out"
+        raise Refused(None, what)
 
 
 LEAST = 1.1  # an interval is never narrower: a device is not always equally warm

@@ -15,7 +15,7 @@ from typing import Any
 
 from loraduct.errors import Refused
 from loraduct.files import read_bytes
-from loraduct.text import number, printable, size
+from loraduct.text import number, printable, several, size
 from loraduct.validation.checks import Check
 
 TOLERANCE = 0.05
@@ -31,8 +31,9 @@ FIELDS = {
     "max_memory": ("peak_bytes", "memory_bytes"),
 }
 # what of a row is compared with an earlier document
-COMPARED = ("ms_per_prompt_token", "tokens_per_second", "peak_bytes")
+COMPARED = ("ms_per_prompt_token", "tokens_per_second", "peak_bytes", "memory_bytes")
 KINDS = ("targets", "forecast")
+SIDES = ("target", "against")  # whose a row of ``bench`` is: names may be alike
 
 
 def bytes_in(value: object) -> float:
@@ -189,7 +190,12 @@ def limits_of(given: Mapping[str, Any], *, runs: bool) -> dict[str, float]:
 
 
 def bytes_of(path: Path) -> int | None:
-    """Bytes of a target's files; of PACKAGE:NAME the package's. None where there are none."""
+    """Bytes of a target's files; of PACKAGE:NAME the package's, of a base's config.json the base's.
+
+    None where there are none.
+    """
+    if path.name == "config.json":
+        path = path.parent
     if not path.exists():
         path = Path(str(path).rpartition(":")[0])
     if path.is_file():
@@ -201,8 +207,8 @@ def bytes_of(path: Path) -> int | None:
 def judge(
     limits: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], nbytes: int | None
 ) -> list[Check]:
-    """A check for each gate, on the worst of the first target's rows, which is what ships."""
-    own = [r for r in rows if name_of(r) == name_of(rows[0])] if rows else []
+    """A check for each gate, on the worst of TARGET's rows, which is what ships."""
+    own = [r for r in rows if r["side"] == SIDES[0]]
     values: dict[str, float | None] = {"max_size": nbytes}
     for gate, fields in FIELDS.items():
         found = [v for r in own for f in fields if (v := r.get(f)) is not None]
@@ -211,45 +217,63 @@ def judge(
     return [held(gate, limits[gate], value) for gate, value in values.items() if gate in limits]
 
 
-def name_of(row: Mapping[str, Any]) -> Any:
-    """The target a row is about."""
-    return row.get("name", row.get("target"))
-
-
 def earlier(file: Path, schema: int, kind: str) -> dict[str, Any]:
     """An earlier document of ``bench --json``; ``kind``: one of KINDS, which it must hold.
 
-    Raises Refused for another kind of document, and for an old schema.
+    Raises Refused for another kind of document, for an old schema, and for rows of two targets that
+    don't say whose they are.
     """
     foreign = "is not what `loraduct bench --json` writes"
     value = earlier_document(file, "bench", schema, lambda v: v.get("command") == "bench", foreign)
     if not is_rows(value.get(kind)):
         other = "a forecast" if kind == "targets" else "measurements"
         raise Refused(file, f"holds no {kind}; with {other} the two can't be compared")
+    if value.get("against") is not None and any(r.get("side") not in SIDES for r in value[kind]):
+        what = "does not say which rows are TARGET's, and which OTHER's"
+        raise Refused(file, f"{what}; run bench --json again")
     return value
 
 
 def regressions(
     before: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], tolerance: float | None
 ) -> list[Check]:
-    """A check for each number of a row that the earlier document has too; a failed one if none has."""
+    """A check for each number that the earlier document has of the same row, failed where it is gone.
+
+    What only one of the two documents has is named in skipped checks; one that failed if they share
+    nothing.
+    """
     allowed = TOLERANCE if tolerance is None else tolerance
-    old = {_key(r): r for r in before}
-    checks = []
-    for row in rows:
-        was = old.get(_key(row), {})
+    old, new = ({_key(r): r for r in some} for some in (before, rows))
+    checks, absent = [], []
+    for key, row in new.items():
+        was = old.get(key)
+        if was is None:
+            absent.append(_words(key))
+            continue
         for name in COMPARED:
             now, then = value_at(row, name), value_at(was, name)
-            if now and then:
-                where = " ".join(str(p) for p in _key(row) if p is not None)
-                checks.append(regression(f"{where}: {name}", name, now, then, allowed))
+            if then:
+                checks.append(regression(f"{_words(key)}: {name}", name, now, then, allowed))
+            elif now:
+                absent.append(f"{_words(key)}: {name}")
     if not checks:
         what = "the earlier document has no row of these targets, devices and contexts"
-        checks.append(Check("regression", "failed", what))
+        return [Check("regression", "failed", what)]
+    gone = [_words(k) for k in old if k not in new and k[0] in {n[0] for n in new}]
+    for where, names in (("in the earlier document", absent), ("among what was run now", gone)):
+        if names:
+            what = f"not compared, as it is not {where}: {several(names)}"
+            checks.append(Check("regression", "skipped", what))
     return checks
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(row: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """What a row is about; its side first."""
     keys = ("runtime", "dtype", "device", "engine", "context")
-    values = (name_of(row), *(row.get(k) for k in keys))
+    name = row.get("name", row.get("target"))
+    values = (row.get("side", SIDES[0]), name, *(row.get(k) for k in keys))
     return tuple(v if v is None else str(v) for v in values)  # a stranger's may be no keys
+
+
+def _words(key: tuple[str | None, ...]) -> str:
+    return " ".join(p for p in key[key[0] == SIDES[0] :] if p is not None)

@@ -351,7 +351,7 @@ def _forecasts(context: Context, tokens: int) -> list[dict[str, Any]]:
         if packaged:
             load = workload.of_package(*workload.read_package(adapter.path, adapter.name))
         else:
-            load = workload.with_adapter(workload.of_base(context.base), adapter)
+            load = workload.with_adapter(workload.of_base(context.base), adapter, context.base)
         return [
             forecast.forecast(load, device, engine, tokens).as_json()
             for device in devices.built_in().values()

@@ -124,7 +124,14 @@ class Mlx:
         if not self.adapter:
             return None
         begin = time.perf_counter()
-        self.model.load_weights(str(Path(self.adapter) / "adapters.safetensors"), strict=False)
+        held: Any = self.mx.load(str(Path(self.adapter) / "adapters.safetensors"))
+        if self.dtype != "stored":  # as in the model, where set_dtype moved what had been loaded
+            wanted = getattr(self.mx, self.dtype)
+            held = {
+                k: v.astype(wanted) if self.mx.issubdtype(v.dtype, self.mx.floating) else v
+                for k, v in held.items()
+            }
+        self.model.load_weights(list(held.items()), strict=False)
         self.mx.eval(self.model.parameters())
         return time.perf_counter() - begin
 

@@ -6,9 +6,14 @@ import platform
 from pathlib import Path
 
 from loraduct.adapter import Adapter
+from loraduct.architectures import table
 from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
+from loraduct.formats import estimate
 from loraduct.formats.base import Base
+from loraduct.formats.experts import wrong_experts
+from loraduct.modules import pattern_of
+from loraduct.text import printable
 from loraduct.validation.latency import Target
 
 NO_WEIGHTS = "holds no weights to run; ask for --device NAME: a forecast needs none"
@@ -32,8 +37,13 @@ def is_base(path: Path) -> bool:
     return (path / "config.json").exists() and detect(path) is None
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether it is neither a package nor a base: what `adapter_at` reads."""
+    return package_at(path) is None and path.name != "config.json" and not is_base(path)
+
+
 def adapter_at(path: Path, base: Path | None) -> tuple[Adapter, Base]:
-    """An adapter and its base, read. Raises Refused, also where ``base`` is not given."""
+    """An adapter and its base, read. Raises Refused, also where ``base`` is not given, or another's."""
     from loraduct.formats import read
     from loraduct.formats.options import ReadOptions
 
@@ -41,7 +51,41 @@ def adapter_at(path: Path, base: Path | None) -> tuple[Adapter, Base]:
         read(path)  # what can't be read at all is said first
         raise Refused(path, "is an adapter: --base says which base it runs on")
     model = base_folder.read(base)
-    return read(path, ReadOptions(base=model, restore=False)), model
+    adapter = read(path, ReadOptions(base=model, restore=False))
+    for problem in misfits(adapter, model):
+        raise problem
+    return adapter, model
+
+
+def misfits(adapter: Adapter, base: Base) -> list[Refused]:
+    """Why an adapter can't be one of ``base``, whether that has weights or its config alone.
+
+    Raises Refused where a config alone does not tell the shapes.
+    """
+    found = [*base_folder.differences(adapter, base), *wrong_experts(adapter, base)]
+    known = table().get(base.architecture)
+    held = {*known.by_hf, *known.by_mlx, *known.blocked, *base.linear_modules} if known else set()
+    adapted = {_within(m): m for m in adapter.adapted}
+    if held and adapted and not adapted.keys() & {_within(m) for m in held}:
+        what = f"is no module of a {printable(base.model_type, 60)}: made for another base"
+        found.append(Refused(adapter.weights, what, tensor=min(adapted.values())))
+    if base.has_weights:
+        return found
+    told = {r["target"]: r["out_in"] for r in estimate.estimate(base.path, 1)["targets"]}
+    for module, u in adapter.low_rank.items():
+        shapes = told.get(_within(module))
+        if u.layout == "linear" and shapes and list(u.shape) not in shapes:
+            what = (
+                f"updates a weight of shape {list(u.shape)}, the base {base.path} has {shapes[0]}"
+            )
+            found.append(Refused(adapter.weights, f"{what}: made for another base", tensor=module))
+    return found
+
+
+def _within(module: str) -> str:
+    """The path within its block; outside of blocks the last name, as wholes are wrapped in others."""
+    before, mark, after = pattern_of(module).partition(".{}.")
+    return after if mark else before.rpartition(".")[2]
 
 
 def target_of(

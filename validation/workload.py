@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loraduct.adapter import Adapter
+from loraduct.adapter import Adapter, LowRank
 from loraduct.errors import Refused
 from loraduct.formats import estimate
 from loraduct.formats.base import Base
@@ -114,7 +114,6 @@ def of_base(base: Base) -> Workload:
 def _weighed(made: Workload, base: Base) -> Workload:
     """With the bytes and products of the weights in its files."""
     share = _share(base)
-    tied = base.stored_head is None
     read = macs = stored = 0.0
     for name, tensor in base.tensors.items():
         if any(p in _SEEING for p in name.split(".")):
@@ -122,7 +121,7 @@ def _weighed(made: Workload, base: Base) -> Workload:
         stored += tensor.stored_nbytes
         module = name.rpartition(".")[0]
         kind = kind_of_module(module)
-        if (kind == "embedding" and not tied) or module.rpartition(".")[2] in _PLACES:
+        if (kind == "embedding" and not _tied(base)) or module.rpartition(".")[2] in _PLACES:
             continue
         part = share if kind == "experts" else 1.0
         read += part * tensor.stored_nbytes
@@ -147,7 +146,7 @@ def _counted(made: Workload, base: Base) -> Workload:
         raise Refused(base.path / "config.json", "has no vocab_size and hidden_size")
     head = vocabulary * hidden
     value = _bytes_a_value(base)
-    embedding = 0 if base.tied is not False else head
+    embedding = 0 if _tied(base) else head
     return replace(
         made,
         weight_bytes=round((macs + head) * value),
@@ -169,6 +168,11 @@ def _bytes_a_value(base: Base) -> float:
     if name not in _WIDTHS:
         raise Refused(base.path / "config.json", f"has the dtype {printable(name, 40)!r}")
     return _WIDTHS[name]
+
+
+def _tied(base: Base) -> bool:
+    """Whether the head's weight is the embedding's, which is then read whole."""
+    return base.stored_head is None if base.has_weights else base.tied is not False
 
 
 def _share(base: Base) -> float:
@@ -206,25 +210,46 @@ def _context(base: Base) -> int | None:
     return next((v for v in found if type(v) is int and v > 0), None)
 
 
-def with_adapter(made: Workload, adapter: Adapter, *, fused: bool = False) -> Workload:
-    """The base with an adapter beside its weights; one that is fused costs nothing.
+def with_adapter(made: Workload, adapter: Adapter, base: Base, *, fused: bool = False) -> Workload:
+    """``made`` of ``base``, with an adapter beside its weights; one that is fused costs nothing.
 
     Of a low-rank update two products (x A, then B), its scale and the sum: 4 operations. DoRA's norm
     of the adapted weight is computed in every call, by PEFT 0.21 and mlx-lm 0.32 alike: the weight is
-    read, the sum is written and read again, at 2 bytes a value, in 4 operations more.
+    read, the sum is written and read again, at 2 bytes a value, in 4 operations more. Of experts the
+    share that a token visits counts; of an embedding's A one row is looked up.
     """
+    name = f"{made.name} + {adapter.name or adapter.path.name}"
     if fused:
-        return replace(made, name=f"{made.name} + {adapter.name or adapter.path.name} fused")
-    low = adapter.low_rank.values()
-    dora = [u for u in low if u.magnitude is not None]
+        return replace(made, name=f"{name} fused")
+    nbytes = macs = ops = 0.0
+    for module, u in adapter.low_rank.items():
+        experts = u.layout == "experts" or kind_of_module(module) == "experts"
+        part = _share(base) if experts else 1.0
+        dora = u.magnitude is not None
+        # a stacked update is one operation for all of its experts, others are one an expert
+        ops += (1.0 if u.layout == "experts" else part) * (8 if dora else 4)
+        if u.layout == "embedding" and not _whole(u, adapter, base):
+            rows = u.a.shape[1]  # of the table: one of them is looked up, and its magnitude
+            nbytes += sum(t.stored_nbytes / (rows if t is not u.b else 1) for t in u.tensors)
+            macs += math.prod(u.b.shape)
+            continue
+        nbytes += part * sum(t.stored_nbytes for t in u.tensors)
+        nbytes += part * 3 * HALF * math.prod(u.shape) if dora else 0
+        macs += part * sum(math.prod(t.shape) for t in (u.a, u.b))
     return replace(
         made,
-        name=f"{made.name} + {adapter.name or adapter.path.name}",
-        adapter_bytes=sum(t.stored_nbytes for u in low for t in u.tensors)
-        + sum(3 * HALF * math.prod(u.shape) for u in dora),
-        adapter_macs=sum(math.prod(t.shape) for u in low for t in (u.a, u.b)),
-        adapter_ops=4 * (len(adapter.low_rank) + len(dora)),
+        name=name,
+        adapter_bytes=round(nbytes),
+        adapter_macs=round(macs),
+        adapter_ops=round(ops),
     )
+
+
+def _whole(u: LowRank, adapter: Adapter, base: Base) -> bool:
+    """Whether a token reads all of an embedding's update: mlx-lm's moves a tied head too, and the norm
+    of PEFT's DoRA is that of the whole table.
+    """
+    return _tied(base) if adapter.format == "mlx" else u.magnitude is not None
 
 
 # -- packages --------------------------------------------------------------------------------------
@@ -338,8 +363,16 @@ def read_package(path: Path, name: str | None) -> tuple[Package, str]:
     from loraduct.formats.coreml.package import read
 
     package = read(path)
+    return package, functions_of(package, name)[0]
+
+
+def functions_of(package: Package, name: str | None) -> list[str]:
+    """The functions that serve adapter or function ``name`` (None: the base alone, or the default).
+
+    Of fixed shapes several, that of the fewest tokens first. Raises Refused naming what there is.
+    """
     if name is not None and name in package.functions:
-        return package, name
+        return [name]
     found = record.find(package)
     rows = found["functions"] if found else {}
     wanted = {
@@ -347,8 +380,9 @@ def read_package(path: Path, name: str | None) -> tuple[Package, str]:
     }
     if not wanted and name is None:
         default = package.model.description.defaultFunctionName or next(iter(package.functions))
-        return package, str(default)
+        return [str(default)]
     if not wanted:
         known = ", ".join(printable(f, 60) for f in list(package.functions)[:12])
-        raise Refused(path, f"holds no function or adapter {printable(str(name), 80)!r}: {known}")
-    return package, min(wanted, key=lambda f: (wanted[f]["q"] or 1, f))
+        what = f"holds no function or adapter {printable(str(name), 80)!r}: {known}"
+        raise Refused(package.path, what)
+    return sorted(wanted, key=lambda f: (wanted[f]["q"] or 1, f))

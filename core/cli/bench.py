@@ -90,20 +90,14 @@ def command(ctx: click.Context, /, target: Path, **given: Any) -> None:
     """
     from loraduct.validation import gates
 
+    _check_options(ctx, given)
     kind = "forecast" if given["device_names"] else "targets"
     # contradictions come before anything is loaded
     limits = gates.limits_of(given, runs=bool(given["device_names"]) or not given["lint"])
     before = (
         gates.earlier(given["regress_from"], SCHEMA, kind)[kind] if given["regress_from"] else None
     )
-    if given["calibrate"] and not given["device_names"]:
-        raise click.UsageError("--calibrate needs --device: it changes a forecast")
-    if given["fused"] and not given["device_names"]:
-        raise click.UsageError(
-            "--fused needs --device; to measure, fuse the adapter and bench the result"
-        )
-    if given["lint"] and given["against"]:
-        raise click.UsageError("--lint looks at one package")
+    _check_targets(target, given, limits)
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"schema": SCHEMA, "command": "bench", "target": str(target)}
     document["against"] = str(given["against"]) if given["against"] else None
@@ -130,11 +124,53 @@ def command(ctx: click.Context, /, target: Path, **given: Any) -> None:
         ctx.exit(3)
 
 
+def _check_options(ctx: click.Context, given: dict[str, Any]) -> None:
+    """Raises UsageError for an option that would change nothing of what is asked for."""
+    default = click.core.ParameterSource.DEFAULT
+    said = {name for name in given if ctx.get_parameter_source(name) is not default}
+    forecast, lint = "device_names" in said, "lint" in said
+    needs = {
+        "calibrate": "it changes a forecast",
+        "devices": "it adds devices to forecast for",
+        "fused": "to measure, fuse the adapter and bench the result",
+    }
+    for name, why in needs.items():
+        if name in said and not forecast:
+            raise click.UsageError(f"--{name} needs --device: {why}")
+    if lint and "against" in said:
+        raise click.UsageError("--lint looks at one package")
+    idle = ["runtime", "dtype", "units", "rounds"] if forecast or lint else []
+    idle += ["contexts", "generate", "base"] if lint and not forecast else []
+    for name in idle:
+        if name in said:
+            flag = f"--{name.removesuffix('s') if name == 'contexts' else name}"
+            why = "--device forecasts, and runs nothing" if forecast else "--lint runs nothing"
+            raise click.UsageError(f"{flag} changes nothing here: {why}")
+
+
+def _check_targets(target: Path, given: dict[str, Any], limits: dict[str, float]) -> None:
+    """Raises Refused for an option or a gate that has nothing to do with what the targets are."""
+    from loraduct.errors import Refused
+    from loraduct.formats import base as base_folder
+    from loraduct.validation import latency_targets as kinds
+
+    alone = [n for n in ("base", "fused") if given[n]]
+    if alone and not any(kinds.is_adapter(p) for p in _paths(target, given)):
+        raise Refused(target, f"is no adapter: --{alone[0]} changes nothing of it, leave it out")
+    base = kinds.package_at(target) is None and not kinds.is_adapter(target)
+    if "max_size" in limits and base and not base_folder.read(target).has_weights:
+        raise Refused(target, "holds no weights (model*.safetensors), so --max-size says nothing")
+
+
 def _lint(target: Path, *, as_json: bool) -> list[dict[str, Any]]:
     from loraduct.formats.coreml.package import read
     from loraduct.validation.ane_lint import lint
+    from loraduct.validation.latency_targets import package_at
+    from loraduct.validation.workload import functions_of
 
-    checks = lint(read(target))
+    path, name = package_at(target) or (target, None)
+    package = read(path)
+    checks = lint(package, functions_of(package, name) if name is not None else None)
     if not as_json:
         for check in checks:
             click.echo(check.line())
@@ -143,7 +179,9 @@ def _lint(target: Path, *, as_json: bool) -> list[dict[str, Any]]:
 
 def _measure(target: Path, given: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
     """Run it; fills the document and prints, unless it is to be JSON."""
+    from loraduct.errors import Refused
     from loraduct.validation import latency
+    from loraduct.validation.gates import SIDES
     from loraduct.validation.latency_targets import target_of
 
     def one(path: Path) -> latency.Target:
@@ -158,11 +196,17 @@ def _measure(target: Path, given: dict[str, Any], document: dict[str, Any]) -> l
             else t
             for t in targets
         ]
+    used = {t.runtime for t in targets}
+    if given["units"] != "ALL" and "coreml" not in used:
+        raise Refused(None, f"--units is for Core ML; this runs in {' and '.join(sorted(used))}")
+    if given["dtype"] and used == {"coreml"}:
+        raise Refused(None, "--dtype: Core ML computes as the package says; leave it out")
     said = _progress(given["as_json"])
     done, ratios = latency.measure(
         targets, given["contexts"], given["generate"], given["rounds"], said
     )
-    rows = [m.as_json() for m in done]
+    # one row a context: TARGET's, then OTHER's
+    rows = [{"side": SIDES[i // len(given["contexts"])], **m.as_json()} for i, m in enumerate(done)]
     document["machine"] = latency.machine()
     document["targets"], document["ratios"] = rows, [r.as_json() for r in ratios]
     if not given["as_json"]:
@@ -228,34 +272,57 @@ def _forecast(
     target: Path, given: dict[str, Any], document: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from loraduct.validation import devices, forecast
+    from loraduct.validation.gates import SIDES
     from loraduct.validation.latency import check_context
 
     known = devices.built_in() | (devices.own(given["devices"]) if given["devices"] else {})
-    chosen = [d for name in given["device_names"] for d in devices.find(name, known)]
-    loads = [_load(p, given["base"], given["fused"]) for p in _paths(target, given)]
+    chosen = {d.name: d for name in given["device_names"] for d in devices.find(name, known)}
+    paths = _paths(target, given)
+    loads = [_load(p, given["base"], given["fused"]) for p in paths]
     own: dict[tuple[str, str], Engine] = {}
     if given["calibrate"]:
-        name, points = forecast.measured(given["calibrate"], loads[0][0], known)
-        engine = forecast.refit(
-            forecast.ENGINES[name],
-            points,
-            f"fitted to {given['calibrate'].name}, {len(points)} points",
-        )
-        own[points[0].device.name, name] = engine
-    rows = []
-    for load, packaged in loads:
+        engines = [e.name for e in forecast.engines_for(loads[0][1])]
+        own = _calibrated(given["calibrate"], loads[0][0], known, list(chosen), engines)
+    rows: list[tuple[str, Forecast]] = []
+    for side, (load, packaged) in zip(SIDES, loads, strict=False):
         check_context(load.name, load.context, given["contexts"], given["generate"])
         for context in given["contexts"]:
-            for device in dict.fromkeys(d.name for d in chosen):
+            for device in chosen.values():
                 for engine in forecast.engines_for(packaged):
-                    used = own.get((device, engine.name), engine)
-                    rows.append(forecast.forecast(load, known[device], used, context))
-    document["forecast"] = [r.as_json() for r in rows]
+                    used = own.get((device.name, engine.name), engine)
+                    rows.append((side, forecast.forecast(load, device, used, context)))
+    document["forecast"] = [{"side": side, **r.as_json()} for side, r in rows]
     document["loads"] = [load.as_json() for load, _ in loads]
-    document["devices"] = {d.name: dict(d.sources) for d in chosen}
+    document["devices"] = {d.name: dict(d.sources) for d in chosen.values()}
     if not given["as_json"]:
-        _print_forecast(rows, [load for load, _ in loads], chosen)
+        names = [load.name for load, _ in loads]
+        if len(set(names)) < len(names):  # two folders of one name
+            names = [str(p) for p in paths]
+        shown = dict(zip(SIDES, names, strict=False))
+        _print_loads(names, [load for load, _ in loads])
+        _print_forecast([(shown[side], r) for side, r in rows], list(chosen.values()))
     return document["forecast"]  # type: ignore[no-any-return]
+
+
+def _calibrated(
+    file: Path, load: Workload, known: dict[str, Device], names: list[str], engines: list[str]
+) -> dict[tuple[str, str], Engine]:
+    """(device, engine) -> the engine fitted to a file. Raises Refused where no row of TARGET uses it."""
+    from loraduct.errors import Refused
+    from loraduct.text import several
+    from loraduct.validation import forecast
+
+    name, points = forecast.measured(file, load, known)
+    device = points[0].device.name
+    if device not in names or name not in engines:
+        what = f"was measured on {device} with {name}; TARGET is forecast for"
+        what += f" {several(names)} with {' and '.join(engines)}: nothing of it would be used"
+        raise Refused(file, what)
+    source = f"fitted to {file.name}, {len(points)} points"
+    try:
+        return {(device, name): forecast.refit(forecast.ENGINES[name], points, source)}
+    except Refused as e:
+        raise Refused(file, str(e)) from None
 
 
 def _load(path: Path, base: Path | None, fused: bool) -> tuple[Workload, bool]:
@@ -268,35 +335,39 @@ def _load(path: Path, base: Path | None, fused: bool) -> tuple[Workload, bool]:
     if path.name == "config.json" or latency_targets.is_base(path):
         return workload.of_base(base_folder.read(path)), False
     adapter, model = latency_targets.adapter_at(path, base)
-    return workload.with_adapter(workload.of_base(model), adapter, fused=fused), False
+    return workload.with_adapter(workload.of_base(model), adapter, model, fused=fused), False
 
 
-def _print_forecast(
-    rows: Sequence[Forecast], loads: Sequence[Workload], chosen: Sequence[Device]
-) -> None:
-    from loraduct.text import printable, size, table
+def _print_loads(names: Sequence[str], loads: Sequence[Workload]) -> None:
+    from loraduct.text import printable, size
 
-    for load in loads:
+    for name, load in zip(names, loads, strict=True):
         extra = (
             f", an adapter's {size(load.adapter_bytes)} in {load.adapter_ops} operations"
             if load.adapter_ops
             else ""
         )
         click.echo(
-            f"{printable(load.name, 120)}: a token reads {size(load.weight_bytes)} of weights"
+            f"{printable(name, 120)}: a token reads {size(load.weight_bytes)} of weights"
             f" ({load.macs / 1e6:.0f} M products) in {load.layers} blocks{extra}"
         )
+
+
+def _print_forecast(rows: Sequence[tuple[str, Forecast]], chosen: Sequence[Device]) -> None:
+    """``rows``: with what the target is called."""
+    from loraduct.text import printable, size, table
+
     lines = [["target", "device", "engine", "context", "ms/prompt token", "tokens/s", "memory"]]
-    for r in rows:
+    for name, r in rows:
         over = " (too much)" if r.fits is False else ""
         lines.append(
-            [printable(r.target, 50), printable(r.device, 40), r.engine, str(r.context),
+            [printable(name, 50), printable(r.device, 40), r.engine, str(r.context),
              f"{r.ms_per_prompt_token:.3g} ({r.prompt_low:.3g} to {r.prompt_high:.3g})",
              f"{r.tokens_per_second:.1f} ({r.low:.1f} to {r.high:.1f})", f"{size(r.memory_bytes)}{over}"]
         )  # fmt: skip
     for line in table(lines):
         click.echo(line)
-    for source in dict.fromkeys(f"{r.engine}: {r.source}" for r in rows):
+    for source in dict.fromkeys(f"{r.engine}: {r.source}" for _, r in rows):
         click.echo(f"  {printable(source, 400)}")
     guessed = {d.name: d.assumed for d in chosen if d.assumed}
     if guessed:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from loraduct.validation import latency
+from loraduct.validation.latency import Measured
+
 Cli = Callable[..., Any]
 PHONE = "iPhone 15 Pro"
 
@@ -174,6 +177,201 @@ def test_regressions(cli: Cli, tied: Path, tmp_path: Path) -> None:
     assert "no row" in other["checks"][0]["detail"]
 
 
+def bases(folder: Path) -> tuple[Path, Path]:
+    """Two configs in folders of one name: a small llama, and one that reads 64 times as much."""
+    config = {
+        "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 1000,
+        "tie_word_embeddings": True, "dtype": "float16", "max_position_embeddings": 4096,
+    }  # fmt: skip
+    for name, hidden in (("v1", 512), ("v2", 4096)):
+        (folder / name / "model").mkdir(parents=True)
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden}
+        (folder / name / "model/config.json").write_text(json.dumps(config | sizes))
+    return folder / "v1/model", folder / "v2/model"
+
+
+def test_targets_of_one_name_are_kept_apart(cli: Cli, tmp_path: Path) -> None:
+    """Gates and regressions are TARGET's, whatever OTHER is called."""
+    small, large = bases(tmp_path)
+    args = ("bench", small, "--against", large, "--device", "M4")
+    d = document(cli(*args, "--json"))
+    assert [r["side"] for r in d["forecast"]] == ["target", "against"]
+    fast, slow = (r["tokens_per_second"] for r in d["forecast"])
+    between = (fast + slow) / 2
+    document(cli(*args, "--min-tokens-per-second", between, "--json"))
+    swapped = ("bench", large, "--against", small, "--device", "M4", "--json")
+    document(cli(*swapped, "--min-tokens-per-second", between), 3)
+    file = tmp_path / "both.json"
+    file.write_text(json.dumps(d))
+    later = ("--device", "M4", "--regress-from", file, "--json")
+    assert document(cli("bench", small, *later))["passed"]
+    assert not document(cli("bench", large, *later), 3)["passed"]
+    text = cli(*args).stdout
+    assert str(small) in text  # by their names alone nobody could tell them apart
+    assert str(large) in text
+    for row in d["forecast"]:
+        del row["side"]
+    file.write_text(json.dumps(d))
+    one_line(cli("bench", small, *later[:-1]), 1, "both.json", "which rows are TARGET's")
+
+
+def test_a_regression_of_memory(cli: Cli, tied: Path, tmp_path: Path) -> None:
+    args = ("bench", tied, "--device", PHONE, "--context", 16, "--json")
+    before = document(cli(*args))
+    before["forecast"][0]["memory_bytes"] *= 0.9
+    file = tmp_path / "before.json"
+    file.write_text(json.dumps(before))
+    d = document(cli(*args, "--regress-from", file), 3)
+    (failed,) = [c for c in d["checks"] if c["status"] == "failed"]
+    assert "memory_bytes" in failed["detail"]
+
+
+def test_rows_without_a_counterpart_are_named(cli: Cli, tied: Path, tmp_path: Path) -> None:
+    args = ("bench", tied, "--device", PHONE, "--json")
+    file = tmp_path / "before.json"
+    before = document(cli(*args, "--context", "16,32"))
+    del before["forecast"][0]["memory_bytes"]
+    file.write_text(json.dumps(before))
+    d = document(cli(*args, "--context", "16,64", "--regress-from", file))
+    skipped = [c["detail"] for c in d["checks"] if c["status"] == "skipped"]
+    assert len(skipped) == 2
+    assert "not in the earlier document" in skipped[0]
+    assert f"{PHONE} gpu 64" in skipped[0]
+    assert f"{PHONE} gpu 16: memory_bytes" in skipped[0]
+    assert "not among what was run now" in skipped[1]
+    assert f"{PHONE} gpu 32" in skipped[1]
+    assert d["passed"]
+    # a number that the earlier one has is not let go
+    before["forecast"][0]["peak_bytes"] = 10.0
+    file.write_text(json.dumps(before))
+    d = document(cli(*args, "--context", "16", "--regress-from", file), 3)
+    (failed,) = [c["detail"] for c in d["checks"] if c["status"] == "failed"]
+    assert "peak_bytes not measured, before 10" in failed
+
+
+def test_a_measured_target_against_itself(
+    cli: Cli, tied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both rows have one name; the gate is about the first."""
+
+    def measure(targets: list[Any], contexts: Any, *_: Any) -> Any:
+        return [
+            Measured(t.name, t.runtime, c, 2, 1.0, 0.1, speed, 1.0, None, 9, 2,
+                     {"tokens_per_second": (speed, speed)})
+            for t, speed in zip(targets, (50.0, 5.0), strict=True)
+            for c in contexts
+        ], []  # fmt: skip
+
+    monkeypatch.setattr(latency, "measure", measure)
+    args = ("bench", tied, "--against", tied, "--context", "4,8", "--json")
+    d = document(cli(*args, "--min-tokens-per-second", 20))
+    assert [r["side"] for r in d["targets"]] == ["target"] * 2 + ["against"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "iPhone16,1"}, ("measured on iPhone 15 Pro with gpu", "forecast for M4")),
+        ({"engine": "coreml-ane"}, ("with coreml-ane", "M4 with gpu")),
+        # a prompt that took less than one token behind it
+        ({}, ("64 tokens took 19.2 ms", "by tokens_per_second, 49.5 ms", "measure again")),
+    ],
+)
+def test_a_calibration_that_changes_nothing(
+    cli: Cli, tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    small, _ = bases(tmp_path)
+    point = {"context": 128, "prompt_tokens": 64, "ms_per_prompt_token": 0.3}
+    value = {"schema": 1, "device": "M4", "engine": "gpu"} | changes
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(value | {"points": [point | {"tokens_per_second": 20.0}]}))
+    args = ("bench", small, "--device", "M4", "--calibrate", file)
+    one_line(cli(*args), 1, "m.json", *words)
+    if not changes:  # each of its numbers alone is met
+        for key, number in (("ms_per_prompt_token", 0.3), ("tokens_per_second", 20.0)):
+            alone = {k: v for k, v in point.items() if k.endswith(("context", "prompt_tokens"))}
+            file.write_text(json.dumps(value | {"points": [alone | {key: number}]}))
+            context = 64 if key == "ms_per_prompt_token" else 128
+            (row,) = document(cli(*args, "--context", context, "--json"))["forecast"]
+            assert row[key] == pytest.approx(number)
+
+
+def test_one_function_is_linted_by_its_name(
+    cli: Cli, tied: Path, adapter: Path, package: Path, tmp_path: Path
+) -> None:
+    every = document(cli("bench", package, "--lint", "--json"))["lint"]
+    one = document(cli("bench", f"{package}:a", "--lint", "--json"))["lint"]
+    assert len(one) == len(every)
+    assert all("; in a [" in c["detail"] for c in one)
+    assert not any("; in a [" in c["detail"] for c in every)
+    one_line(cli("bench", f"{package}:b", "--lint"), 1, "no function or adapter 'b'")
+    # of fixed shapes an adapter has a function for each
+    out = tmp_path / "fixed.mlpackage"
+    done = cli(
+        "package",
+        "--base",
+        tied,
+        "-a",
+        f"a={adapter}",
+        "--context",
+        40,
+        "--shapes",
+        "1,8",
+        "-o",
+        out,
+    )
+    assert done.exit_code == 0, done.output
+    for name, functions in (("a", "; in a_q1, a_q8 ["), ("a_q8", "; in a_q8 [")):
+        found = document(cli("bench", f"{out}:{name}", "--lint", "--json"))["lint"]
+        assert all(functions in c["detail"] for c in found)
+
+
+def test_what_has_nothing_to_do_with_the_target(
+    cli: Cli, tied: Path, adapter: Path, package: Path, tmp_path: Path
+) -> None:
+    fit = ("--device", PHONE, "--context", 8, "--generate", 8)
+    for target in (tied, tied / "config.json", package, f"{package}:a"):
+        one_line(cli("bench", target, *fit, "--base", "/nope"), 1, "is no adapter: --base")
+        one_line(cli("bench", target, *fit, "--fused"), 1, "is no adapter: --fused")
+    one_line(cli("bench", tied, "--base", tied), 1, "is no adapter: --base")
+    one_line(cli("bench", tied, "--units", "CPU_ONLY"), 1, "--units is for Core ML", "torch")
+    document(cli("bench", package, "--against", adapter, "--base", tied, *fit, "--json"))
+    one_line(cli("bench", package, "--lint", "--base", tied), 2, "--base changes nothing")
+
+
+def test_a_config_has_no_size(cli: Cli, tied: Path, tmp_path: Path) -> None:
+    small, _ = bases(tmp_path)
+    for target in (small, small / "config.json"):
+        done = cli("bench", target, "--device", "M4", "--max-size", "1GB")
+        one_line(done, 1, "holds no weights", "--max-size")
+    # of a base that is named by its config, the weights count
+    whole = sum(f.stat().st_size for f in tied.iterdir())
+    args = ("bench", tied / "config.json", "--device", PHONE, "--context", 16, "--json")
+    assert document(cli(*args, "--max-size", whole))["size_bytes"] == whole
+    document(cli(*args, "--max-size", whole - 1), 3)
+
+
+def test_an_adapter_of_another_base(
+    cli: Cli, tied: Path, adapter: Path, tmp_path: Path, repo: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small, _ = bases(tmp_path)
+    fit = ("--device", "M4", "--context", 16)
+    one_line(cli("bench", adapter, "--base", small, *fit), 1, "made for another base", "[64, 64]")
+    reply = repo / "examples/reply"
+    one_line(cli("bench", reply, "--base", small, *fit), 1, "has 2: made for another base")
+    gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, vocab_size=160)
+    GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    other = ("bench", adapter, "--base", tmp_path / "gpt2")
+    one_line(cli(*other, *fit), 1, "no module of a gpt2: made for another base")
+    one_line(cli(*other), 1, "no module of a gpt2: made for another base")  # measured neither
+    config = json.loads((tied / "config.json").read_text())
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/config.json").write_text(json.dumps(config))
+    document(cli("bench", adapter, "--base", tmp_path / "alone", *fit, "--json"))
+
+
 def test_what_was_measured(cli: Cli, tied: Path, tmp_path: Path) -> None:
     """Against a document in which everything took an age, so that no time decides."""
     slow = {
@@ -189,7 +387,7 @@ def test_what_was_measured(cli: Cli, tied: Path, tmp_path: Path) -> None:
     assert d["machine"]["cores"] >= 1
     assert [c["name"] for c in d["checks"]] == ["gate"] + ["regression"] * 3
     assert d["size_bytes"] == sum(f.stat().st_size for f in tied.iterdir())
-    one_line(cli(*args, "--device", PHONE, "--regress-from", file), 1, "holds no forecast")
+    one_line(cli(*args[:4], "--device", PHONE, "--regress-from", file), 1, "holds no forecast")
 
 
 BAD = [
@@ -212,6 +410,12 @@ BAD = [
     (("--device", PHONE, "--regress-from", "nothing.json"), 1, ("nothing.json",)),
     (("--device", PHONE, "--devices", "nothing.toml"), 1, ("nothing.toml",)),
     (("--runtime", "coreml"), 1, ("is no package",)),
+    (("--devices", "x.toml"), 2, ("--devices needs --device",)),
+    (("--device", PHONE, "--dtype", "float16"), 2, ("--dtype changes nothing here",)),
+    (("--device", PHONE, "--runtime", "torch"), 2, ("--runtime changes nothing here",)),
+    (("--device", PHONE, "--units", "ALL"), 2, ("--units changes nothing here",)),
+    (("--device", PHONE, "--rounds", "5"), 2, ("--rounds changes nothing here",)),
+    (("--lint", "--context", "8"), 2, ("--context changes nothing here",)),
 ]  # fmt: skip
 
 

@@ -50,6 +50,18 @@ def test_names_that_are_found() -> None:
     assert len(devices.find("all", known)) == len(known)
 
 
+def test_own_names_are_found_as_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    names = ("Apple board", " X ", "iPhone16,1", "y", "Y", "")
+    row = "bandwidth_gb_s = 10\ngpu_tflops = 1\nane_tops = 2\n"
+    file.write_text("".join(f"[device.{json.dumps(n)}]\n{row}" for n in names))
+    known = devices.built_in() | devices.own(file)
+    for name in names:
+        assert [d.name for d in devices.find(name, known)] == [name]
+    assert [d.name for d in devices.find("apple Board", known)] == ["Apple board"]
+    assert [d.chip for d in devices.find("Apple M4", known)] == ["M4"]
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [("iPhone 15 Prp", "'iPhone 15 Pro'"), ("a17", "'A17 Pro'"), ("M4 Mx", "'M4 Max'")],
@@ -78,6 +90,7 @@ def test_own_devices(tmp_path: Path) -> None:
         ("", "holds no devices"),
         ("device = 3", "holds no devices"),
         ("[device]\nx = 3", "is not a table"),
+        ("[device.all]\nx = 3", "'all': this means every device"),
         ("[device.x]\nbandwidth_gb_s = 1\ngpu_tflops = 1", "has no ane_tops"),
         ("[device.x]\nbandwidth_gb_s = 0\ngpu_tflops = 1\nane_tops = 1", "bandwidth_gb_s is 0"),
         ("[device.x]\nbandwidth_gb_s = nan\ngpu_tflops = 1\nane_tops = 1", "expected a number"),

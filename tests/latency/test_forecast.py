@@ -258,6 +258,26 @@ def test_a_refit_through_one_point() -> None:
     assert row.ms_per_prompt_token == pytest.approx(5.0)
 
 
+def test_a_prompt_that_took_less_than_a_token() -> None:
+    """At 20 tokens a second reading once takes nearly 50 ms; the prompt of 64 is said to take 19.2."""
+    point = fc.Point(LOAD, BOARD, 128, 64, 20.0, 0.3)
+    with pytest.raises(Refused, match=r"64 tokens took 19\.2 ms.* by tokens_per_second, 49\.\d ms"):
+        fc.refit(GPU, [point], "mine")
+    # 64 tokens in 50 ms and more can be, and are met
+    made = fc.refit(GPU, [replace(point, ms_per_prompt_token=0.9)], "mine")
+    row = fc.forecast(LOAD, BOARD, made, 64)
+    assert row.ms_per_prompt_token == pytest.approx(0.9)
+    # by the cache: a token that reads much of it takes longer than a prompt does
+    wide = replace(LOAD, buffer_bytes=4_000_000_000)
+    made = fc.refit(GPU, [replace(point, load=wide)], "mine")
+    assert fc.forecast(wide, BOARD, made, 64).ms_per_prompt_token == pytest.approx(0.3)
+    # three points: those that can't be are in the interval, as long as one tells
+    several = [
+        fc.Point(LOAD, BOARD, n, 64, 20.0, ms) for n, ms in ((1, 0.3), (999, 0.9), (9999, 0.9))
+    ]
+    assert fc.refit(GPU, several, "mine").prompt > 2
+
+
 def test_fits_never_have_negative_constants() -> None:
     rng = np.random.default_rng(5)
     for _ in range(20):
@@ -318,6 +338,7 @@ def test_a_file_of_measurements_is_read(tmp_path: Path) -> None:
         ({"schema": 0}, "schema 0, expected 1"),
         ({"schema": None}, "expected 1"),
         ({"schema": True}, "schema True, expected 1"),
+        ({"engine": ["gpu"]}, "expected gpu, coreml-gpu, coreml-ane"),
         ({"engine": "cuda"}, "'cuda', expected gpu, coreml-gpu, coreml-ane"),
         ({"device": 3}, "names no device"),
         ({"device": "iPhone 15 Prp"}, "'iPhone 15 Pro'"),
@@ -328,6 +349,12 @@ def test_a_file_of_measurements_is_read(tmp_path: Path) -> None:
         ({"points": [{"context": 128}]}, "neither"),
         ({"points": [{"context": 128, "tokens_per_second": -1}]}, "above 0"),
         ({"points": [{"context": 128, "tokens_per_second": True}]}, "above 0"),
+        # 1 GB at 0.7398 x 51.2 GB/s is 37.9 tokens a second; 1 G operations at 35 T/s are 1/35 ms
+        ({"points": [{"context": 128, "tokens_per_second": 380}]}, "10 times what iPhone 15 Pro's"),
+        ({"points": [{"context": 128, "tokens_per_second": 1e17}]}, "check the number and its unit"),
+        ({"points": [{"context": 128, "tokens_per_second": 5e-324}]}, "check the number and its unit"),
+        ({"points": [{"context": 128, "ms_per_prompt_token": 1e-30}]}, "check the number and its"),
+        ({"points": [{"context": 128, "ms_per_prompt_token": 0.0028}]}, "times what iPhone 15 Pro's"),
         ({"points": [{"context": 1, "tokens_per_second": 3, "load": {"x": 1}}]}, "other fields"),
         ({"points": [{"context": 10**400, "tokens_per_second": 3}]}, "above 0"),
         ({"points": [{"context": 1.5, "tokens_per_second": 3}]}, "context is 1.5"),
@@ -347,6 +374,13 @@ def test_broken_measurements_are_refused(
         fc.measured(file, LOAD, built_in())
     assert what in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_measurements_of_what_reads_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(document()))
+    with pytest.raises(Refused, match="nothing to forecast"):
+        fc.measured(file, replace(LOAD, weight_bytes=0), built_in())
 
 
 def test_measurements_need_a_load(tmp_path: Path) -> None:

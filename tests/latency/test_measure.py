@@ -86,6 +86,21 @@ def test_the_peak_is_the_childs_own(tied: Path) -> None:
     del held
 
 
+@pytest.mark.parametrize("dtype", ["stored", "float16"])
+def test_a_swap_in_mlx_keeps_the_dtype(tied: Path, mlx_adapter: Path, dtype: str) -> None:
+    import mlx.core as mx
+
+    job = {"base": str(tied), "adapter": str(mlx_adapter), "dtype": dtype}
+    model = latency_child.Mlx(job)
+    layer = model.model.model.layers[0].self_attn.q_proj
+    before, first = layer.lora_a.dtype, mx.array(layer.lora_a)
+    assert before == (mx.float16 if dtype == "float16" else mx.float32)
+    layer.lora_a = mx.zeros_like(layer.lora_a)
+    assert model.swap() is not None
+    assert layer.lora_a.dtype == before
+    assert mx.array_equal(layer.lora_a, first)  # what is on disk, and in the model before
+
+
 class Counting:
     """A model that writes down how it is used."""
 

@@ -17,6 +17,7 @@ from loraduct.errors import Refused
 from loraduct.formats import base as base_folder
 from loraduct.formats import read
 from loraduct.formats.coreml.package import read as read_package
+from loraduct.formats.options import ReadOptions
 from loraduct.validation import workload
 
 LAYERS, HIDDEN, INNER, VOCABULARY, NARROW = 2, 64, 128, 160, 32
@@ -124,13 +125,13 @@ def test_latent_attention_keeps_less(tied: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_beside_its_base(tied: Path, adapter: Path) -> None:
     plain = workload.of_base(base_folder.read(tied))
-    load = workload.with_adapter(plain, read(adapter))
+    load = workload.with_adapter(plain, read(adapter), base_folder.read(tied))
     modules = 2 * LAYERS
     values = LAYERS * 4 * ((HIDDEN + HIDDEN) + (HIDDEN + NARROW))
     assert (load.adapter_macs, load.adapter_bytes) == (values, 4 * values)
     assert load.adapter_ops == 4 * modules
     assert (load.weight_bytes, load.macs) == (plain.weight_bytes, plain.macs)
-    fused = workload.with_adapter(plain, read(adapter), fused=True)
+    fused = workload.with_adapter(plain, read(adapter), base_folder.read(tied), fused=True)
     assert (fused.adapter_bytes, fused.adapter_macs, fused.adapter_ops) == (0, 0, 0)
 
 
@@ -142,12 +143,94 @@ def test_dora_reads_the_weights_anew(tied: Path, adapter: Path, tmp_path: Path) 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True)
     get_peft_model(model, config).save_pretrained(tmp_path)
     plain = workload.of_base(base_folder.read(tied))
-    lora = workload.with_adapter(plain, read(adapter))
-    dora = workload.with_adapter(plain, read(tmp_path))
+    base = base_folder.read(tied)
+    lora = workload.with_adapter(plain, read(adapter), base)
+    dora = workload.with_adapter(plain, read(tmp_path), base)
     magnitudes = LAYERS * (HIDDEN + NARROW)
     weights = LAYERS * (HIDDEN * HIDDEN + HIDDEN * NARROW)
     assert dora.adapter_bytes - lora.adapter_bytes == 4 * magnitudes + 3 * 2 * weights
     assert dora.adapter_ops == 2 * lora.adapter_ops
+
+
+def beside(base: Path, adapter: Path) -> workload.Workload:
+    model = base_folder.read(base)
+    found = read(adapter, ReadOptions(base=model, restore=False))
+    return workload.with_adapter(workload.of_base(model), found, model)
+
+
+def trained(base: Path, out: Path, **config: Any) -> Path:
+    """An adapter of rank 4 as PEFT saves it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **config))
+    lora.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def test_of_an_adapters_experts_only_those_that_are_visited(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts, visited, moe = 8, 2, 32
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=experts,
+        num_experts_per_tok=visited, moe_intermediate_size=moe,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    out = trained(
+        tmp_path / "moe", tmp_path / "a", target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )  # fmt: skip
+    load = beside(tmp_path / "moe", out)
+    # of one expert: A and B of gate and up together, and of down
+    each = 4 * (HIDDEN + 2 * moe) + 4 * (moe + HIDDEN)
+    values = visited * each + 4 * (HIDDEN + 4 * 16)
+    assert (load.adapter_macs, load.adapter_bytes) == (values, 4 * values)
+    assert load.adapter_ops == 3 * 4
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapted_embedding_is_looked_up(untied: Path, tmp_path: Path, dora: bool) -> None:
+    """One row of A, and all of B; of PEFT's DoRA the norm of the whole table."""
+    out = trained(untied, tmp_path, target_modules=["embed_tokens"], use_dora=dora)
+    load = beside(untied, out)
+    if dora:
+        whole = 4 * (VOCABULARY + HIDDEN)
+        assert load.adapter_macs == whole
+        assert load.adapter_bytes == 4 * (whole + HIDDEN) + 3 * 2 * VOCABULARY * HIDDEN
+        return
+    assert load.adapter_macs == 4 * HIDDEN
+    assert load.adapter_bytes == 4 * (4 + 4 * HIDDEN)
+
+
+@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_mlx_moves_a_tied_head_too(
+    which: str, alone: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """mlx-lm's as_linear takes the whole of A, where the embedding is the head."""
+    import mlx.core as mx
+
+    tensors = {
+        "model.embed_tokens.lora_a": mx.ones((VOCABULARY, 4)),
+        "model.embed_tokens.lora_b": mx.ones((4, HIDDEN)),
+    }
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
+    config = {
+        "fine_tune_type": "lora", "num_layers": LAYERS,
+        "lora_parameters": {"rank": 4, "scale": 2.0, "keys": ["model.embed_tokens"]},
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = request.getfixturevalue(which)
+    if alone:
+        (tmp_path / "base").mkdir()
+        shutil.copy(base / "config.json", tmp_path / "base")
+        base = tmp_path / "base"
+    load = beside(base, tmp_path)
+    assert load.adapter_macs == 4 * (HIDDEN + (VOCABULARY if which == "tied" else 0))
+    assert load.adapter_bytes == 4 * 4 * (HIDDEN + (VOCABULARY if which == "tied" else 1))
 
 
 def test_positions_are_looked_up(tmp_path: Path) -> None:
