@@ -13,25 +13,26 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraduct import formats
+from loraduct.converters import pool_given
 from loraduct.converters.neutral import neutral
-from loraduct.converters.pool_parts import Held, Plan, Runtime, check_stack
-from loraduct.errors import LoraductError, Refused
-from loraduct.formats import base as base_folder
+from loraduct.converters.pool_given import PoolError, Stamps, Wanted
+from loraduct.converters.pool_parts import Held, Plan, check_stack
+from loraduct.errors import LoraductError
 from loraduct.formats.base import Base
 from loraduct.formats.options import ReadOptions
 from loraduct.text import printable, several, size
 
-Wanted = str | tuple[str, float]  # a name, or a name and its weight
+__all__ = ["AdapterPool", "PoolError"]
 
 
-class PoolError(LoraductError):
-    """The pool was asked for what it can't do; the model is as it was unless the message says."""
+class _NoRoom(PoolError):
+    """The budget has no room for it, at least not now."""
 
 
 @dataclass(eq=False)
@@ -39,7 +40,8 @@ class _Entry:
     path: Path
     options: ReadOptions
     held: Held | None = None
-    stamp: tuple[int, int] | None = None  # of the weights, when they were read first
+    stamps: Stamps | None = None  # of its files, when they were read first
+    known: bool = False  # by its name: one that no longer has its place was replaced
 
 
 class AdapterPool:
@@ -49,7 +51,8 @@ class AdapterPool:
     not be moved, cast or wrapped while the pool is open. ``base``: its folder (default: where
     transformers loaded it from), by which adapters are checked. ``budget``: bytes of adapters in
     memory (None: no limit). ``fused``: put adapters into the weights instead of beside them.
-    Raises Refused for a folder that is no base, PoolError for a model of another kind.
+    Raises Refused for a folder that is no base, PoolError for a model of another kind, or one that
+    is in a pool already.
     """
 
     def __init__(
@@ -60,20 +63,19 @@ class AdapterPool:
         budget: int | None = None,
         fused: bool = False,
     ) -> None:
-        if budget is not None and budget <= 0:
-            raise PoolError(f"a budget of {budget} bytes holds nothing; give None for no limit")
-        self.base = _base(model, base)
+        pool_given.check_budget(budget)
+        self.base = pool_given.base_of(model, base)
         self.budget, self.fused = budget, fused
         self.loads = self.evictions = 0
-        self._runtime = _runtime(model, fused)
+        self._runtime = pool_given.runtime(model, fused)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._active: tuple[tuple[str, float], ...] = ()
         self._wanted: frozenset[str] = frozenset()  # of a switch under way: not to be evicted
         self._turn, self._state = threading.RLock(), threading.RLock()
         self._ahead = ThreadPoolExecutor(1, "loraduct-prefetch")
-        self._coming: dict[str, Future[None]] = {}
+        self._coming: dict[str, tuple[_Entry, Future[None]]] = {}
         self._closed = False
-        self._guards = _guarded(model, self._turn)
+        self._release = pool_given.claim(model, self._turn)
 
     # --- what is in memory ------------------------------------------------------------------
 
@@ -112,37 +114,41 @@ class AdapterPool:
         The model is not touched. Raises Refused naming what can't be carried, PoolError where it is
         active now, or larger than the budget.
         """
-        self._settle(name)
+        pool_given.check_name(name)
+        with contextlib.suppress(Exception):  # of what is replaced now
+            self._settle(name)
         with self._turn:
             self._open()
-            if name in dict(self._active):
-                raise PoolError(f"{printable(name)} is active: deactivate it before it is replaced")
             self._fetch(name, _Entry(Path(path), options or ReadOptions()))
 
     def prefetch(self, name: str, path: str | Path | None = None) -> Future[None]:
-        """The same in the background, for one that was evicted without its path.
+        """The same in the background; one that was evicted needs no path.
 
-        It doesn't wait for generations under way. What goes wrong is raised by the result, and by
-        the `activate` that wants it.
+        One that the pool has from this very path is not read twice; another path replaces it. It
+        doesn't wait for generations under way. What goes wrong is raised by the result, and by the
+        `activate` that wants it, unless that can read it itself.
         """
+        pool_given.check_name(name)
         with self._state:
             self._open()
-            if name in self._coming and not self._coming[name].done():
-                return self._coming[name]
-            entry = self._entries.get(name)
-            if entry is not None and (entry.held is not None or path is None):
-                fresh = entry
-            elif path is not None:
-                fresh = _Entry(Path(path), ReadOptions())
-            else:
-                raise self._unknown(name)
-            future = self._ahead.submit(self._fetch, name, fresh)
-            self._coming[name] = future
+            last, future = self._coming.get(name, (None, None))
+            if future is None or future.done():
+                last, future = self._entries.get(name), None
+            if last is None or (path is not None and last.path != Path(path)):
+                if path is None:
+                    raise self._unknown(name)
+                last, future = _Entry(Path(path), ReadOptions()), None
+                self._may_mean(name, last)
+            if future is None:
+                future = self._ahead.submit(self._read_ahead, name, last)
+                self._coming[name] = last, future
             return future
 
     def evict(self, name: str) -> None:
         """Drop its bytes; its path is kept, and activating it reads it again."""
+        pool_given.check_name(name)
         with self._state:
+            self._open()
             entry = self._entries.get(name)
             if entry is None:
                 raise self._unknown(name)
@@ -159,15 +165,13 @@ class AdapterPool:
         unknown name, and a budget that can't hold them; Refused for what has no meaning together.
         The model is then as it was, except where the message says that nothing is active.
         """
-        stack = [(w, 1.0) if isinstance(w, str) else (w[0], float(w[1])) for w in wanted]
-        _check_names(stack)
+        stack = pool_given.stack_of(wanted)
         with self._turn:
             self._open()
             for name, _ in stack:
-                if name not in self._entries and name not in self._coming:
-                    raise self._unknown(name)
-            for name, _ in stack:
                 self._settle(name)
+                if name not in self._entries:
+                    raise self._unknown(name)
             if tuple(stack) == self._active:
                 self._touch(stack)
                 return
@@ -197,15 +201,14 @@ class AdapterPool:
         with self._turn:
             if self._closed:
                 return
-            self._ahead.shutdown(wait=True, cancel_futures=True)
             with self._state:
                 self._runtime.show(())
                 self._active = ()
                 self._entries.clear()
                 self._coming.clear()
                 self._closed = True
-            for guard in self._guards:
-                guard.remove()
+            self._release()
+            self._ahead.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> AdapterPool:
         return self
@@ -262,32 +265,56 @@ class AdapterPool:
 
     def _planned(self, entry: _Entry) -> Plan:
         options = replace(entry.options, base=entry.options.base or self.base)
-        adapter = neutral(formats.read(entry.path, options), self.base, naming=self._runtime.naming)
-        stamp = _stamp(adapter.weights)
-        if entry.stamp not in (None, stamp):
-            what = "was changed since the pool read it first; load it again under a name"
-            raise Refused(adapter.weights, what)
-        entry.stamp = stamp
+        found = formats.read(entry.path, options)
+        entry.stamps = pool_given.stamps(found, entry.stamps)
+        adapter = neutral(found, self.base, naming=self._runtime.naming)
         with self._state:
             return self._runtime.plan(adapter)
 
+    def _read_ahead(self, name: str, entry: _Entry) -> None:
+        try:
+            self._fetch(name, entry)
+        except _NoRoom:  # a switch may have it: the name is known, and who wants it reads it
+            with self._state:
+                if self._may_mean(name, entry):
+                    self._place(name, entry)
+            raise
+
     def _fetch(self, name: str, entry: _Entry, plan: Plan | None = None) -> None:
         """Read and keep. Room is made before a value is read."""
-        if entry.held is None:
+        held = None
+        with self._state:
+            self._open()
+            wanted = entry.held is None and self._may_mean(name, entry)
+        if wanted:
             plan = plan or self._planned(entry)
             with self._state:
                 self._make_room(name, plan.nbytes)
                 weights = self._runtime.weights(plan)
             held = self._runtime.read(plan, weights)
-            with self._state:
-                if self._closed:
-                    return
+        with self._state:  # as one: what is held counts from the moment at which it is
+            self._open()
+            if not self._may_mean(name, entry):
+                return
+            if held is not None and entry.held is None:  # else another thread was faster
                 self._make_room(name, held.nbytes)
                 entry.held = held
                 self.loads += 1
-        with self._state:
-            self._entries[name] = entry
-            self._entries.move_to_end(name)
+            self._place(name, entry)
+
+    def _may_mean(self, name: str, entry: _Entry) -> bool:
+        """False where the name was given to another adapter since. Raises PoolError where one that
+        it would replace is active."""
+        if self._entries.get(name) is entry:
+            return True
+        if not entry.known and name in self._pinned():
+            raise PoolError(f"{printable(name)} is active: deactivate it before it is replaced")
+        return not entry.known
+
+    def _place(self, name: str, entry: _Entry) -> None:
+        entry.known = True
+        self._entries[name] = entry
+        self._entries.move_to_end(name)
 
     def _make_room(self, name: str, nbytes: int) -> None:
         """Evict the least recently used until ``nbytes`` more fit. Raises PoolError when they can't."""
@@ -295,12 +322,12 @@ class AdapterPool:
             return
         if nbytes > self.budget:
             what = f"needs {size(nbytes)}, more than the pool's budget of {size(self.budget)}"
-            raise PoolError(f"{printable(name)} {what}")
+            raise _NoRoom(f"{printable(name)} {what}")
         others = frozenset(self._entries) - {name}
         used, fixed = self._bytes(others), self._bytes(others & self._pinned())
         if fixed + nbytes > self.budget:
             what = f"needs {size(nbytes)}, and {size(fixed)} of the budget of {size(self.budget)} is in use"
-            raise PoolError(f"{printable(name)} {what}")
+            raise _NoRoom(f"{printable(name)} {what}")
         for other, entry in self._entries.items():
             if used + nbytes <= self.budget:
                 break
@@ -318,15 +345,23 @@ class AdapterPool:
                 self._entries.move_to_end(name)
 
     def _settle(self, name: str) -> None:
-        """Wait for what is being read ahead; its error is ours."""
+        """Wait for what is being read ahead; its error is ours, unless it can be read again."""
         with self._state:
-            future = self._coming.get(name)
-        if future is not None:
-            try:
-                future.result()
-            finally:
-                with self._state:
-                    self._coming.pop(name, None)
+            coming = self._coming.get(name)
+        if coming is None:
+            return
+        entry, future = coming
+        try:
+            future.result()
+        except CancelledError:  # by who asked for it, or by `close`
+            pass
+        except Exception:
+            if not entry.known:
+                raise
+        finally:
+            with self._state:
+                if future.done() and self._coming.get(name) is coming:
+                    del self._coming[name]
 
     def _unknown(self, name: str) -> PoolError:
         there = several(list(self._entries)) or "none"
@@ -337,63 +372,3 @@ class AdapterPool:
     def _open(self) -> None:
         if self._closed:
             raise PoolError("the pool is closed")
-
-
-def _check_names(stack: Sequence[tuple[str, float]]) -> None:
-    names = [n for n, _ in stack]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice is not None:
-        raise PoolError(f"{printable(repr(twice))} is asked for twice; give it one weight")
-    odd = next((w for _, w in stack if not abs(w) < 1e9), None)
-    if odd is not None:
-        raise PoolError(f"a weight of {odd} is not a number to multiply by")
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _base(model: Any, base: str | Path | Base | None) -> Base:
-    if isinstance(base, Base):
-        return base
-    if base is None:
-        base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-        if not base or not (Path(base) / "config.json").exists():
-            raise PoolError("the model does not say which folder it is from; give base=FOLDER")
-    return base_folder.read(Path(base))
-
-
-def _kind(model: Any) -> str | None:
-    """By the model's own classes, so that neither library is imported for the other's sake."""
-    tops = {c.__module__.partition(".")[0] for c in type(model).__mro__}
-    return next((k for k in ("torch", "mlx") if k in tops), None)
-
-
-def _runtime(model: Any, fused: bool) -> Runtime:
-    kind = _kind(model)
-    if kind == "torch":
-        from loraduct.converters.pool_torch import Torch
-
-        if any(hasattr(m, "lora_A") for m in model.modules()):
-            raise PoolError("the model has PEFT's adapters in it: give the base model itself")
-        return Torch(model, fused)
-    if kind == "mlx":
-        from loraduct.converters.pool_mlx import Mlx
-
-        if any("lora_a" in m for _, m in model.named_modules()):
-            raise PoolError("the model has mlx-lm's adapters in it: give the base model itself")
-        return Mlx(model, fused)
-    raise PoolError(f"a {type(model).__name__} is neither a torch nor an mlx model")
-
-
-def _guarded(model: Any, turn: Any) -> list[Any]:
-    """On torch, every call of the model takes its turn, so that a switch can't come in between."""
-    if _kind(model) != "torch":
-        return []
-
-    def enter(*_: object) -> None:
-        turn.acquire()
-
-    before = model.register_forward_pre_hook(enter, prepend=True)
-    return [before, model.register_forward_hook(lambda *_: turn.release(), always_call=True)]

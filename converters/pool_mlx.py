@@ -13,11 +13,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
 from loraduct.converters.fuse_places import TOKENS, token_rows
-from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place
+from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place, overflow
 from loraduct.errors import Refused
 from loraduct.formats.base import HEADS
 from loraduct.modules import block_of, kind_of_module
@@ -28,6 +29,10 @@ _PACKED = (
 )
 _ONE_SIDE = (
     "is tied to the other side in this model, and fusing would move both; use the pool unfused"
+)
+_NO_BIAS = (
+    "an adapter moves the head's bias (lora_bias), for which this model has no place: it multiplies by"
+    " its embedding's weight; deactivate it, and train without lora_bias"
 )
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -155,16 +160,16 @@ class Mlx:
             held.replaced[name] = _made(tensor).astype(weights[name].dtype)
         for name, (rows, tensor) in plan.rows.items():
             held.rows[name] = rows, _made(tensor).astype(weights[name].dtype)
+        _check({**held.replaced, **{n: v for n, (_, v) in held.rows.items()}}, held.file)
         arrays = [x for u in held.updates.values() for x in (u.a, u.b, u.factor, u.bias)]
         mx.eval(arrays, held.replaced, [v for _, v in held.rows.values()])
         return held
 
     def show(self, stack: Stack) -> None:
         """See `pool_parts.Runtime`."""
-        import mlx.core as mx
 
         made = self._made(stack)
-        mx.eval(made)
+        _check(made, stack[0][0].file if len(stack) == 1 else None)
         layers: dict[str, list[tuple[Low, float]]] = {}
         heads: dict[str, list[tuple[Low, float]]] = {}
         for held, weight in stack if not self.fused else ():
@@ -206,7 +211,7 @@ class Mlx:
         import mlx.core as mx
 
         done: dict[str, Any] = {}
-        sums: dict[str, Any] = {}
+        sums: dict[str, list[tuple[Low, float]]] = {}
         moved: dict[str, Any] = {}
         for held, weight in stack:
             done |= held.replaced
@@ -214,16 +219,11 @@ class Mlx:
                 done[name] = mx.array(self._array(name))
                 done[name][mx.array(rows)] = values
             for name, low in held.updates.items() if self.fused else ():
-                target, bias = f"{name}.weight", f"{name}.bias"
-                total = sums.get(target)
-                total = self._array(target).astype(mx.float32) if total is None else total
-                total = total + weight * _delta(low)
-                if low.factor is not None:
-                    total = total * (low.factor if low.kind == "embedding" else low.factor[:, None])
-                sums[target] = total
+                sums.setdefault(f"{name}.weight", []).append((low, weight))
                 if low.bias is not None:
+                    bias = f"{name}.bias"
                     moved[bias] = moved.get(bias, 0) + low.bias * (low.scale * weight)
-        done |= {n: t.astype(self._array(n).dtype) for n, t in sums.items()}
+        done |= {n: _sum(self._array(n), steps) for n, steps in sums.items()}
         for name, change in moved.items():
             base = done.get(name, self._array(name))
             dtype = self._array(f"{name.removesuffix('bias')}weight").dtype
@@ -234,7 +234,8 @@ class Mlx:
     def exchanged_bytes(self) -> int:
         """See `pool_parts.Runtime`."""
         arrays = [self._module(n.rpartition(".")[0])[n.rpartition(".")[2]] for n in self._kept]
-        return sum(a.nbytes for a in arrays)
+        heads = [self._at(path).head_weight for path in self._wrapped]
+        return sum(a.nbytes for a in (*arrays, *heads) if a is not None)
 
 
 @functools.cache
@@ -249,6 +250,23 @@ def _adapted() -> type:
             super().__init__()
             self.inner = inner
             self._steps, self._head = steps, head
+            self.head_weight = None  # once it was asked for
+
+        @property
+        def weight(self) -> Any:
+            """For models that multiply by the weight themselves: W + dW, of an embedding the head's."""
+            weight = self.inner.weight
+            if "scales" in self.inner:
+                return weight  # packed, as such a model can't use it
+            if not hasattr(self.inner, "as_linear"):
+                return _sum(weight, self._steps)
+            if self._head and self.head_weight is None:
+                if any(low.bias is not None for low, _ in self._head):
+                    raise Refused(None, _NO_BIAS)
+                made = _sum(weight, self._head)
+                _check({"the tied head": made}, None)
+                object.__setattr__(self, "head_weight", made)  # no parameter of the model
+            return self.head_weight if self._head else weight
 
         def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
             y = self.inner(x, *args, **kwargs)
@@ -280,6 +298,29 @@ def _moved(layer: Any, y: Any, x: Any, steps: Any, change_of: Any, rest: Any) ->
         y = low.factor.astype(y.dtype) * (free + change.astype(y.dtype))
         y = y if bias is None else y + bias
     return y.astype(dtype)
+
+
+def _sum(weight: Any, steps: Any) -> Any:
+    """A weight with updates in it, in their order: float32 sums, rounded once to its dtype."""
+    import mlx.core as mx
+
+    total = weight.astype(mx.float32)
+    for low, factor in steps:
+        total = total + factor * _delta(low)
+        if low.factor is not None:
+            total = total * (low.factor if low.kind == "embedding" else low.factor[:, None])
+    return total.astype(weight.dtype)
+
+
+def _check(values: Mapping[str, Any], file: Path | None) -> None:
+    """Evaluate. Raises Refused for Inf and NaN, which a dtype has where float32 had numbers."""
+    import mlx.core as mx
+
+    fits = {n: mx.isfinite(v).all() for n, v in values.items()}
+    mx.eval(values, fits)
+    odd = next((n for n, good in fits.items() if not good.item()), None)
+    if odd is not None:
+        raise overflow(file, odd, values[odd].dtype)
 
 
 def _forward(low: Low, x: Any, rest: Any) -> Any:

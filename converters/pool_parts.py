@@ -72,10 +72,13 @@ class Runtime(Protocol):
         """The base's own arrays that reading needs, whatever is active now."""
 
     def read(self, plan: Plan, weights: Mapping[str, Any]) -> Held:
-        """The values. Raises Refused for NaN and Inf."""
+        """The values. Raises Refused for NaN and Inf, in the file or in the dtype of the model."""
 
     def show(self, stack: Stack) -> None:
-        """Make the model compute with these, in this order, instead of what it had before."""
+        """Make the model compute with these, in this order, instead of what it had before.
+
+        Raises Refused, before anything changes, for sums that overflow the dtype of the model.
+        """
 
     @property
     def exchanged_bytes(self) -> int:
@@ -110,6 +113,16 @@ def no_place(adapter: Adapter, name: str) -> Refused:
     return Refused(
         adapter.weights, "the model has no such place: made for another base", tensor=name
     )
+
+
+def overflow(file: Path | None, name: str, dtype: Any) -> Refused:
+    """For values that are Inf or NaN in the dtype of the model."""
+    found = str(dtype).rpartition(".")[2]
+    how = (
+        "load the base in bfloat16 or float32" if found == "float16" else "its values are too large"
+    )
+    what = f"does not fit the model's {found}, it has Inf or NaN there: {how}"
+    return Refused(file, what, tensor=name)
 
 
 def misfit(adapter: Adapter, name: str, given: Sequence[int], there: Sequence[int]) -> Refused:

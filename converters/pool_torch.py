@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
 from loraduct.converters.fuse_places import TOKENS, token_rows
-from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place
+from loraduct.converters.pool_parts import Held, Low, Plan, Stack, misfit, no_place, overflow
 from loraduct.errors import Refused
 from loraduct.tensor import Tensor
 
@@ -146,9 +147,9 @@ class Torch:
                 low.factor = m.reshape(-1).div_(_lengths(layer, low, weight))
             held.updates[name] = low
         for name, tensor in plan.replaced.items():
-            held.replaced[name] = _array(tensor).to(weights[name])
+            held.replaced[name] = _as(weights[name], tensor, held.file, name)
         for name, (rows, tensor) in plan.rows.items():
-            held.rows[name] = rows, _array(tensor).to(weights[name])
+            held.rows[name] = rows, _as(weights[name], tensor, held.file, name)
         return held
 
     def show(self, stack: Stack) -> None:
@@ -185,6 +186,7 @@ class Torch:
         done: dict[str, Any] = {}
         sums: dict[str, list[tuple[Low, float]]] = {}
         moved: dict[str, Any] = {}
+        file = stack[0][0].file if len(stack) == 1 else None
         for held, weight in stack:
             done |= held.replaced
             for name, (rows, values) in held.rows.items():
@@ -206,11 +208,12 @@ class Torch:
                 total += _delta(owner, low, weight).reshape(total.shape)
                 if low.factor is not None:
                     total *= _along(owner, low, total)
-            done[name] = total.to(base.dtype)
+            done[name] = _fitted(total.to(base.dtype), file, name)
         for name, change in moved.items():
             base = done.get(name, self._base(name))
             weight = self._base(f"{name.removesuffix('bias')}weight")
-            done[name] = (change if base is None else base.float() + change).to(weight.dtype)
+            total = change if base is None else base.float() + change
+            done[name] = _fitted(total.to(weight.dtype), file, name)
         return done
 
     @property
@@ -317,6 +320,18 @@ def _array(tensor: Tensor) -> Any:
     import numpy as np
 
     return _read(tensor, np.empty(tensor.shape, np.float32))
+
+
+def _as(weight: Any, tensor: Tensor, file: Path, name: str) -> Any:
+    """The values in the dtype of the base's parameter, where that is."""
+    return _fitted(_array(tensor).to(weight), file, name)
+
+
+def _fitted(value: Any, file: Path | None, name: str) -> Any:
+    """``value``. Raises Refused for Inf and NaN, which its dtype has where float32 had numbers."""
+    if value.numel() and not all(e.isfinite() for e in value.aminmax()):
+        raise overflow(file, name, value.dtype)
+    return value
 
 
 def _read(tensor: Tensor, out: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import threading
 
@@ -169,7 +171,20 @@ def test_a_call_that_fails_gives_its_turn_back(fusing, bases, equal, model):
         (lambda p, _: (p.activate("a"), p.evict("a")), "is active: deactivate it"),
         (lambda p, e: (p.activate("a"), p.load("a", e["b"])), "is active: deactivate it"),
         (lambda p, _: (p.close(), p.activate("a")), "the pool is closed"),
+        (lambda p, _: (p.close(), p.evict("a")), "the pool is closed"),
         (lambda p, _: AdapterPool(p._runtime.model, budget=0), "a budget of 0 bytes"),
+        (
+            lambda p, _: AdapterPool(p._runtime.model, budget="1GB"),
+            "'1GB' bytes: expected a number",
+        ),
+        (lambda p, _: AdapterPool(p._runtime.model, budget=float("nan")), "of nan bytes: expected"),
+        (lambda p, _: p.activate(5), r"5 is no adapter .* expected a name, or \(name, weight\)"),
+        (lambda p, _: p.activate(("a",)), r"\('a',\) is no adapter .* expected a name"),
+        (lambda p, _: p.activate(("a", "b")), r"\('a', 'b'\) is no adapter .* expected a name"),
+        (lambda p, _: p.activate((5, 1.0)), "expected a name"),
+        (lambda p, e: p.load(3, e["a"]), "3 is no name of an adapter: expected a string"),
+        (lambda p, e: p.prefetch(["a"], e["a"]), r"\['a'\] is no name of an adapter"),
+        (lambda p, _: p.evict({}), "is no name of an adapter"),
         (lambda p, _: AdapterPool(object(), p.base), "neither a torch nor an mlx model"),
         (lambda p, _: AdapterPool(torch.nn.Linear(2, 2)), "give base=FOLDER"),
     ],
@@ -194,6 +209,68 @@ def test_a_file_that_changed_is_not_taken_for_the_old_one(fusing, bases, equal, 
         assert pool.active == ()
         pool.load("a", folder)
         pool.activate("a")
+
+
+def alpha(folder):
+    """Changes what the config says, and no byte of the weights."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 60}))
+
+
+def touched(name):
+    def change(folder):
+        file = folder / name
+        when = file.stat().st_mtime_ns + 10**9
+        os.utime(file, ns=(when, when))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "what"),
+    [
+        ("folder", alpha, "adapter_config.json"),
+        ("shards", touched("two.safetensors"), "two.safetensors"),
+        ("shards", touched("adapter_model.safetensors.index.json"), "index.json"),
+        ("shards", lambda f: (f / "adapter_config.json").unlink(), "adapter_config.json"),
+        ("package", touched("Manifest.json"), "Manifest.json"),
+        ("package", touched("Data/com.apple.CoreML/model.mlmodel"), "model.mlmodel"),
+        ("package", touched("Data/com.apple.CoreML/weights/weight.bin"), "weight.bin"),
+    ],
+)
+def test_every_file_that_says_what_it_is_counts(
+    cli, fusing, bases, equal, model, tmp_path, form, change, what
+):
+    from safetensors.torch import save_file
+
+    folder = path = tmp_path / "p.mlpackage"
+    if form == "package":
+        words = ["--base", bases("llama"), "-a", f"one={equal['a']}", "--context", "40", "-o"]
+        done = cli("package", *words, folder)
+        assert done.exit_code == 0, done.stderr
+        path = f"{folder}:one"
+    else:
+        shutil.copytree(equal["a"], folder)
+    if form == "shards":
+        tensors = fusing.tensors(folder)
+        (folder / "adapter_model.safetensors").unlink()
+        files = {n: f"{('one', 'two')[i % 2]}.safetensors" for i, n in enumerate(tensors)}
+        for file in set(files.values()):
+            save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file)
+        index = json.dumps({"metadata": {}, "weight_map": files})
+        (folder / "adapter_model.safetensors.index.json").write_text(index)
+    with AdapterPool(model, bases("llama")) as pool:
+        pool.load("a", path)
+        for _ in range(2):
+            pool.evict("a")
+            pool.activate("a")  # nothing changed
+            pool.deactivate()
+        pool.evict("a")
+        change(folder)
+        with pytest.raises(LoraductError, match=what) as caught:
+            pool.activate("a")
+        assert "\n" not in str(caught.value)
+        assert pool.active == ()
 
 
 def test_values_that_are_no_numbers_are_refused(fusing, bases, equal, model, tmp_path):

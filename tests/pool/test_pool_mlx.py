@@ -161,6 +161,143 @@ def test_what_fusing_would_do_to_the_other_side_is_refused(peers, fusing, bases,
     assert "\n" not in str(caught.value)
 
 
+SEED_OSS = {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True,
+            "attention_out_bias": False}  # fmt: skip
+
+
+@pytest.fixture
+def by_weight(fusing, bases, monkeypatch):
+    """A tied base whose head mlx-lm computes as `h @ embed_tokens.weight.T`."""
+    import inspect
+
+    from mlx_lm.models import seed_oss
+
+    assert "embed_tokens.weight.T" in inspect.getsource(seed_oss)
+    monkeypatch.setitem(fusing.BASES, "seed_oss", SEED_OSS)
+    return bases("seed_oss")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"], "use_rslora": True},
+    ],
+    ids=["head", "dora", "embedding", "head and more"],
+)
+def test_head_of_a_model_that_multiplies_by_its_embedding(
+    peers, fusing, by_weight, tmp_path, config
+):
+    adapter = fusing.trained(by_weight, tmp_path / "a", **config)
+    other = fusing.trained(by_weight, tmp_path / "b", 2, target_modules=["lm_head"])
+    wanted = fusing.unfused(by_weight, (adapter, 1.0))
+    both = fusing.unfused(by_weight, (adapter, 1.0), (other, 0.5))
+    model = peers.mlx_base(by_weight)
+    before, plain = arrays(model), run(peers, fusing, model)
+    with AdapterPool(model, by_weight) as pool:
+        pool.load("a", adapter)
+        pool.load("b", other)
+        for stack, logits in ((["a"], wanted), (["a", ("b", 0.5)], both)):
+            pool.activate(*stack)
+            found = run(peers, fusing, model)
+            assert np.abs(found - logits).max() <= 2e-5 * np.abs(logits).max()
+            assert np.abs(plain - logits).max() > 100 * np.abs(found - logits).max()
+        size = model.model.embed_tokens.inner.weight.nbytes
+        assert pool.exchanged_bytes == size  # what stands for the head
+        pool.deactivate()
+        assert pool.exchanged_bytes == 0
+        assert np.array_equal(run(peers, fusing, model), plain)
+    assert arrays(model) == before
+
+
+def test_bias_of_such_a_head_is_refused(peers, fusing, by_weight, tmp_path):
+    adapter = fusing.trained(by_weight, tmp_path / "a", target_modules=["lm_head"], lora_bias=True)
+    model = peers.mlx_base(by_weight)
+    with AdapterPool(model, by_weight) as pool:
+        pool.load("a", adapter)
+        pool.activate("a")
+        with pytest.raises(Refused, match="for which this model has no place") as caught:
+            run(peers, fusing, model)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_layer_whose_weight_the_model_reads(tmp_path):
+    """As routers of some of mlx-lm's models: the weight that they see is W + dW."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from loraduct.converters.pool_mlx import Mlx
+    from loraduct.converters.pool_parts import Held, Low
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 3, bias=False)
+
+        def __call__(self, x):
+            return x @ self.gate.weight.T
+
+    mx.random.seed(1)
+    model, x = Reads(), mx.random.normal((5, 8))
+    a, b = mx.random.normal((2, 8)), mx.random.normal((3, 2))
+    w = np.array(model.gate.weight, np.float64)
+    runtime = Mlx(model, False)
+    runtime.show([(Held(tmp_path, 0, {"gate": Low(a, b, 1.5, "linear")}), 0.5)])
+    wanted = np.array(x, np.float64) @ (w + 0.75 * np.array(b) @ np.array(a)).T
+    assert np.abs(np.array(model(x)) - wanted).max() < 1e-5
+    runtime.show(())
+    assert np.array_equal(np.array(model.gate.weight), w.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "fused", "what"),
+    [
+        ("one", True, "proj.weight: does not fit the model's float16"),
+        ("norms", False, "input_layernorm.weight: does not fit the model's float16"),
+        ("tokens", False, "embed_tokens.weight: does not fit the model's float16"),
+    ],
+)
+def test_what_overflows_half_precision_is_refused(
+    peers, fusing, bases, adapters, tmp_path, adapter, fused, what
+):
+    import shutil
+
+    import mlx.core as mx
+    from safetensors.torch import save_file
+
+    tensors = {
+        n: t if "lora_A" in n or (not fused and "lora_" in n) else t * 1e6
+        for n, t in fusing.tensors(adapters[adapter]).items()
+    }
+    shutil.copytree(adapters[adapter], tmp_path / "a")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    model = peers.mlx_base(bases("llama"))
+    model.set_dtype(mx.float16)
+    before = arrays(model)
+
+    def taken(pool, path):
+        pool.load("a", path)
+        pool.activate("a")
+
+    with AdapterPool(model, bases("llama"), fused=fused) as pool:
+        with pytest.raises(Refused, match=what) as caught:
+            taken(pool, tmp_path / "a")
+        assert "\n" not in str(caught.value)
+        assert arrays(model) == before
+
+
+def test_a_second_pool_is_refused(peers, bases):
+    model = peers.mlx_base(bases("llama"))
+    with (
+        AdapterPool(model, bases("llama")),
+        pytest.raises(LoraductError, match="is in a pool already"),
+    ):
+        AdapterPool(model, bases("llama"))
+    AdapterPool(model, bases("llama")).close()
+
+
 def test_model_with_adapters_is_refused(peers, fusing, bases, tmp_path):
     peers.save_mlx(bases("llama"), tmp_path / "a", fusing.IDS.numpy(), keys=ATTENTION)
     with pytest.raises(LoraductError, match="give the base model itself"):

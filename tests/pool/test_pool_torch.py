@@ -131,6 +131,49 @@ def test_fused_rounds_once_and_restores_half_precision(fusing, bases, adapters, 
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize(
+    ("adapter", "factor", "fused", "what"),
+    [
+        ("one", 1e4, True, "weight: does not fit the model's float16"),
+        ("norms", 1e6, False, "input_layernorm.weight: does not fit the model's float16"),
+        ("tokens", 1e6, False, "embed_tokens.weight: does not fit the model's float16"),
+        ("biases", 1e6, True, "bias: does not fit the model's float16"),
+    ],
+)
+def test_what_overflows_half_precision_is_refused(
+    fusing, bases, adapters, tmp_path, adapter, factor, fused, what
+):
+    """Finite in the file, Inf in the model: refused before anything changes."""
+    if adapter == "biases":
+        config = {"target_modules": ["q_proj"], "lora_bias": True}
+        source = fusing.trained(bases("llama"), tmp_path / "biases", **config)
+        kept = ("lora_A", "lora_B.weight")
+    else:
+        source, kept = adapters[adapter], ("q_proj.lora_A",)
+        kept += ("lora_A", "lora_B") if adapter in ("norms", "tokens") else ()
+    tensors = fusing.tensors(source)
+    scaled = {n: t if any(k in n for k in kept) else t * factor for n, t in tensors.items()}
+    assert all(t.isfinite().all() for t in scaled.values())
+    folder = stored(source, tmp_path / "large", scaled)
+    model = fusing.loaded(bases("llama")).half()
+    before = fingerprint(model)
+
+    def taken(pool, path):
+        pool.load("a", path)
+        pool.activate("a")
+
+    with AdapterPool(model, bases("llama"), fused=fused) as pool:
+        with pytest.raises(Refused, match=what) as caught:
+            taken(pool, folder)
+        assert "\n" not in str(caught.value)
+        assert "load the base in bfloat16 or float32" in str(caught.value)
+        assert pool.active == ()
+        assert fingerprint(model)[0] == before[0]
+    wide = fusing.loaded(bases("llama")).bfloat16()  # the way out that the message names
+    with AdapterPool(wide, bases("llama"), fused=fused) as pool:
+        taken(pool, folder)
+
+
 def test_conv(tmp_path):
     """A convolution with stride and padding, LoRA and DoRA, against PEFT on the same module."""
     from peft import LoraConfig, get_peft_model
