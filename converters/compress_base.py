@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from loraduct.architectures import table
 from loraduct.converters import bits, compress_expanded, fuse_packed, mlx_quantize
 from loraduct.converters.base_report import Outcome
-from loraduct.converters.compress_plan import measured, squared
+from loraduct.converters.compress_loss import DAMPED, Lazily, Loss, best, damped, measured
+from loraduct.converters.compress_plan import squared
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.fuse_folder import check_base
 from loraduct.converters.lut import THREADS
@@ -246,43 +247,80 @@ def _widths(
     """
     if wanted.quantize:
         return dict.fromkeys(held, int(wanted.quantize.removeprefix("mlx"))), False
-    share = _sensitivities(held, how, wanted)
-    choices, count = {}, {m: math.prod(t.shape) for m, t in held.items()}
+    loss = wanted.calibration.loss if wanted.calibration else None
+    count = {m: math.prod(t.shape) for m, t in held.items()}
+    errors: dict[str, dict[int, float]] = {}
+    relative: dict[str, float] = {}
     for module, tensor in held.items():
         rows = sample(tensor)
+        of_all = count[module] / rows.size
         square = squared(as_float32(rows, tensor.dtype), how.counts.get(module)) or 1.0
-        each = share[module] / rows.size if share else 1 / square
-        choices[module] = [
-            bits.Choice(
-                w, _nbytes(tensor, w, how.group),
-                how.lost(module, rows, tensor, w)[1] * each * count[module],
-            )
-            for w in mlx_quantize.BITS
-        ]  # fmt: skip
+        relative[module] = rows.size / square
+        errors[module] = {
+            w: how.lost(module, rows, tensor, w)[1] * of_all for w in mlx_quantize.BITS
+        }
     if wanted.size is not None:
         fixed = sum(base.tensors[n].stored_nbytes for n in kept)
         room = wanted.size - fixed - _SLACK - 400 * len(held)
     else:
         room = bits.size_of(count, wanted.bits_per_weight or 0)
-    plan = bits.plan(choices, room)
-    return {m: int(w) for m, w in plan.widths.items()}, bool(share)
+    choices = {
+        m: [bits.Choice(w, _nbytes(held[m], w, how.group), e) for w, e in of.items()]
+        for m, of in errors.items()
+    }
+    share = _sensitivities(held, how, loss) if loss else {}
+
+    def planned(power: float) -> dict[str, int]:
+        counts = damped(share, relative, power) if share else relative
+        return {m: int(w) for m, w in bits.plan(choices, room, importance=counts).widths.items()}
+
+    if not (loss and share):
+        return planned(0.0), False
+    sizes = {w: sum(_nbytes(t, w, how.group) for t in held.values()) for w in mlx_quantize.BITS}
+    alike = [dict.fromkeys(held, w) for w, size in sizes.items() if size <= room][-1:]
+    shown = {m: t for m, t in held.items() if m in share}
+    return _best([*map(planned, DAMPED), *alike], shown, how, loss), True
 
 
-def _sensitivities(held: Mapping[str, Tensor], how: _How, wanted: Wanted) -> dict[str, float]:
-    """What the predictions lose per unit of each module's error; nothing where that is not measured.
+def _best(
+    plans: Sequence[dict[str, int]], held: Mapping[str, Tensor], how: _How, loss: Loss
+) -> dict[str, int]:
+    """The plan by which the predictions lose least. What is packed for one is kept for the others."""
+
+    @cache
+    def packed(module: str, width: int) -> mlx_quantize.Packed:
+        tensor = held[module]
+        return how.packed(module, tensor.rows(0, tensor.shape[0]), tensor, width)
+
+    def changed(widths: Mapping[str, int]) -> Mapping[str, Any]:
+        modules = {f"{m}.weight": m for m in held}
+
+        def read_back(name: str) -> Any:
+            module = modules[name]
+            return mlx_quantize.dequantize(packed(module, widths[module])).astype("float32")
+
+        return Lazily(list(modules), read_back)
+
+    return best(plans, changed, loss)
+
+
+def _changed(
+    name: str, held: Mapping[str, Tensor], how: _How, widths: Mapping[str, int]
+) -> tuple[Any, float]:
+    """A whole weight as it is read back, and the error of that."""
+    module = name.removesuffix(".weight")
+    tensor = held[module]
+    return how.lost(module, tensor.rows(0, tensor.shape[0]), tensor, widths[module])
+
+
+def _sensitivities(held: Mapping[str, Tensor], how: _How, loss: Loss) -> dict[str, float]:
+    """What the predictions lose per unit of each module's error, where that can be measured.
 
     Of weights as ``mx.quantize`` packs them, which is quick: what counts is loss over error.
     """
     plain = replace(how, mode="mlx")
-    if wanted.calibration is None or wanted.calibration.loss is None:
-        return {}
-
-    def changed(name: str) -> tuple[Any, float]:
-        module = name.removesuffix(".weight")
-        tensor = held[module]
-        return plain.lost(module, tensor.rows(0, tensor.shape[0]), tensor, _PROBED)
-
-    found = measured([f"{m}.weight" for m in held], changed, wanted.calibration.loss)
+    changed = partial(_changed, held=held, how=plain, widths=dict.fromkeys(held, _PROBED))
+    found = measured([f"{m}.weight" for m in held], changed, loss)
     return {n.removesuffix(".weight"): share for n, share in found.items()}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from loraduct.converters import bits, palette, palettize
 from loraduct.converters.compress_code import Way, stored_bytes, tables, unfit
+from loraduct.converters.compress_loss import DAMPED, Lazily, Loss, best, damped, measured
 from loraduct.converters.compress_report import kind_of
 from loraduct.converters.compress_sites import ADAPTER, BASE, OLD, Weight, importance
 from loraduct.converters.compress_wanted import PALETTES, Calibration, Wanted
@@ -22,10 +23,8 @@ BLOCK = (
 TEXT = 320  # bytes that a rewritten operation adds to the program, at most (measured: 230)
 SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
-PROBES = 64  # runs that measure what errors do, about at most
 PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
 _CHUNK = 1 << 18
-_NUMBER = re.compile(r"[0-9]+")
 Read = Callable[[Weight], Any]
 
 
@@ -181,26 +180,58 @@ def budgeted(
         raise Refused(None, f"{asked_for}the smallest possible is {low} ({len(free)} tensors)")
     moments = wanted.calibration.moments if wanted.calibration else {}
     plan = estimated(free, known, form, read, moments)
-    counts: dict[int, float] = {}
-    if wanted.calibration is not None and wanted.calibration.loss is not None:
-        counts = sensitivities(free, plan, form, read, wanted.calibration)
-        plan.predicted = bool(counts)
-    if not counts:
-        counts = {w.offset: w.count / (plan.norms[w.offset] or 1.0) for w in free}
     choices = {}
     for weight in free:
         errors = plan.errors[weight.offset]
         found = [bits.Choice(i, nbytes(weight, w), e) for i, (w, e) in enumerate(errors.items())]
         choices[str(weight.offset)] = [*found, bits.Choice(-1, nbytes(weight, None), 0.0)]
-    made = bits.plan(choices, limit, importance={str(at): s for at, s in counts.items()})
+    _decide(plan, free, partial(bits.plan, choices, limit), form, read, wanted.calibration)
     for weight in free:
-        chosen = int(made.widths[str(weight.offset)])
-        if chosen < 0:
+        if weight.offset not in plan.ways:
             weight.reason = "the budget holds it as it is"
-        else:
-            plan.ways[weight.offset] = list(plan.errors[weight.offset])[chosen]
-    plan.exact, plan.curve, plan.count = made.exact, made.curve, sum(w.count for w in free)
     return plan
+
+
+def _decide(
+    plan: Plan,
+    weights: Sequence[Weight],
+    least: Callable[..., bits.Plan],
+    form: str,
+    read: Read,
+    calibration: Calibration | None,
+) -> None:
+    """Take what has the least error, or of several such plans what is measured to lose least."""
+    by_name = {w.name: w for w in weights}
+    loss = calibration.loss if calibration else None
+    share = sensitivities(weights, plan, form, read, loss) if loss else {}
+    relative = {w.offset: w.count / (plan.norms[w.offset] or 1.0) for w in weights}
+
+    def planned(power: float) -> tuple[bits.Plan, dict[int, Way]]:
+        counts = damped(share, relative, power) if share else relative
+        made = least(importance={str(at): s for at, s in counts.items()})
+        chosen = {w.offset: int(made.widths[str(w.offset)]) for w in weights}
+        return made, {at: list(plan.errors[at])[i] for at, i in chosen.items() if i >= 0}
+
+    def changed(found: tuple[bits.Plan, dict[int, Way]]) -> Mapping[str, Any]:
+        ways = found[1]
+        names = [n for n, w in by_name.items() if w.offset in share and w.offset in ways]
+        return Lazily(names, lambda n: _values(by_name[n], ways[by_name[n].offset], plan, read)[0])
+
+    first = found = planned(1.0)
+    if loss and share:
+        found = best([first, *map(planned, DAMPED[1:])], changed, loss)
+        plan.predicted = True
+    plan.ways, plan.exact = found[1], found[0].exact
+    plan.curve, plan.count = first[0].curve, sum(w.count for w in weights)
+
+
+def _values(weight: Weight, way: Way, plan: Plan, read: Read) -> tuple[Any, float]:
+    """What is read back of a tensor that is stored in this way, about, and the error that this makes."""
+    made = palettize.palettize(
+        read(weight), replace(tables(way, weight.dtype.lower()), quick=True),
+        importance=plan.importance.get(weight.offset), name=weight.name,
+    )  # fmt: skip
+    return palette.expand(made), made.error
 
 
 def _fitting(weight: Weight, ways: Sequence[Way], form: str) -> list[Way]:
@@ -233,7 +264,7 @@ def estimated(
 
 
 def sensitivities(
-    weights: Sequence[Weight], plan: Plan, form: str, read: Read, calibration: Calibration
+    weights: Sequence[Weight], plan: Plan, form: str, read: Read, loss: Loss
 ) -> dict[int, float]:
     """What the predictions lose per unit of each tensor's error: measured.
 
@@ -242,52 +273,15 @@ def sensitivities(
     median. Losses are those of small changes, where they are about proportional to squared errors, and
     those of several tensors about add up.
     """
-    assert calibration.loss is not None
     by_name = {weight.name: weight for weight in weights}
 
     def changed(name: str) -> tuple[Any, float]:
         weight = by_name[name]
         way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
-        made = palettize.palettize(
-            read(weight), tables(way, weight.dtype.lower()),
-            importance=plan.importance.get(weight.offset), name=name,
-        )  # fmt: skip
-        return palette.expand(made), made.error
+        return _values(weight, way, plan, read)
 
-    found = measured(list(by_name), changed, calibration.loss)
-    return {w.offset: found[w.name] for w in weights} if found else {}
-
-
-def measured(
-    names: Sequence[str],
-    changed: Callable[[str], tuple[Any, float]],
-    loss: Callable[[Mapping[str, Any]], float | None],
-) -> dict[str, float]:
-    """`sensitivities` by name. ``changed``: a tensor's other values, and their error."""
-    found: dict[str, float] = {}
-    for held in _neighbours(names):
-        values, error = {}, 0.0
-        for name in held:
-            values[name], own = changed(name)
-            error += own
-        lost = loss(values)
-        if lost is not None and error > 0:
-            found |= dict.fromkeys(held, max(lost, 1e-12) / error)
-    if not found:
-        return {}
-    usual = sorted(found.values())[len(found) // 2]
-    return {name: found.get(name, usual) for name in names}
-
-
-def _neighbours(names: Sequence[str]) -> list[list[str]]:
-    """Tensors of a kind, so many together that there are about PROBES groups."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of(name), []).append(name)
-    for held in kinds.values():  # layer 2 before layer 10
-        held.sort(key=lambda name: [int(n) for n in _NUMBER.findall(name)])
-    step = -(-len(names) // PROBES)
-    return [held[at : at + step] for held in kinds.values() for at in range(0, len(held), step)]
+    found = measured(list(by_name), changed, loss)
+    return {w.offset: found[w.name] for w in weights if w.name in found}
 
 
 def squared(values: Any, counts: Any = None) -> float:

@@ -145,3 +145,23 @@ def test_smollm2_packed_to_a_budget_loses_less_with_a_text(cli: Cli, tmp_path: P
         assert said["bits_per_weight"] <= 3.7
         lost[name] = divergence(p, logs(base, ids, mlx_values(tmp_path / name)))
     assert lost["with"] < 0.8 * lost["without"], lost
+
+
+@pytest.mark.heavy
+def test_smollm2_mixed_is_no_worse_than_one_width_of_its_size(cli: Cli, tmp_path: Path) -> None:
+    """4.5 bits, which are 4 with scales and biases: on a page that was not calibrated with."""
+    pytest.importorskip("mlx")
+    from transformers import AutoTokenizer
+
+    base = ROOT / ".cache" / "smollm2-135m-instruct"
+    if not (base / "config.json").exists():
+        pytest.skip("needs the base that `make demo` makes")
+    data = ROOT / "examples" / "data"
+    ids = AutoTokenizer.from_pretrained(base)((data / "page.txt").read_text())["input_ids"][:256]
+    p, lost = logs(base, ids), {}
+    for name, how in {"mixed": ["--bits-per-weight", 4.5], "one": ["--quantize", "mlx4"]}.items():
+        text = ["--calibrate", data / "calibration.txt"]
+        said = compressed(cli, base, tmp_path / name, *how, *text)
+        assert said["bits_per_weight"] <= 4.5
+        lost[name] = divergence(p, logs(base, ids, mlx_values(tmp_path / name)))
+    assert lost["mixed"] <= lost["one"], lost
