@@ -174,12 +174,12 @@ class Base:
         return bits
 
     @cached_property
-    def kin(self) -> str | None:
-        """A sample of the weights by which copies of one base are known, whatever their dtype.
+    def sample(self) -> Any:
+        """Some of the weights: eight matrices of the blocks, spread evenly over the sorted names; of
+        each, 32 values from the middle row, (matrices, 32) float32.
 
-        Eight matrices of the blocks, spread evenly over the sorted names; of each, 32 values from
-        the middle row. None when weights are packed: of the few that are not, others would be
-        chosen than of the unpacked copy.
+        None when weights are packed: of the few that are not, others would be chosen than of the
+        unpacked copy.
         """
         import numpy as np
 
@@ -206,10 +206,18 @@ class Base:
             middle = tensor.shape[0] // 2
             row = as_float32(tensor.rows(middle, middle + 1, finite=False), tensor.dtype)
             rows.append(row[0, :_KIN_VALUES])
-        sample = np.stack(rows)
-        scaled = sample / np.maximum(np.abs(sample).max(axis=1, keepdims=True), 1e-30)
+        return np.stack(rows)
+
+    @cached_property
+    def kin(self) -> str | None:
+        """The sample, each row by its largest value: copies of one base are known by it in any dtype."""
         import base64
 
+        import numpy as np
+
+        if self.sample is None:
+            return None
+        scaled = self.sample / np.maximum(np.abs(self.sample).max(axis=1, keepdims=True), 1e-30)
         return base64.b64encode(scaled.astype("<f2").tobytes()).decode()
 
 

@@ -168,7 +168,9 @@ def test_structure_against_another_base(
 def test_recorded_base_is_recognised_in_another_dtype(
     workshop: Path, fixed: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    """kin: a bf16 copy of the base is the base; random weights of the same shape are not."""
+    """kin: a copy of the base in fewer bits is the base; random weights of the same shape are not, nor
+    are weights that were moved a little.
+    """
     import torch
     from safetensors.torch import load_file as load
     from safetensors.torch import save_file as save
@@ -176,6 +178,13 @@ def test_recorded_base_is_recognised_in_another_dtype(
     weights = load(fixed / "model.safetensors")
     for name, change, status in (
         ("copy", lambda t: t.to(torch.bfloat16), "passed"),
+        ("half", lambda t: t.to(torch.float16), "passed"),
+        ("twice", lambda t: t.to(torch.float16).to(torch.bfloat16), "passed"),
+        (
+            "moved",
+            lambda t: t + torch.randn_like(t) * 0.03 * t.std() if t.ndim > 1 else t,
+            "failed",
+        ),
         ("stranger", lambda t: torch.randn_like(t) * 0.1, "failed"),
     ):
         base = tmp_path / name
@@ -185,6 +194,9 @@ def test_recorded_base_is_recognised_in_another_dtype(
         )
         d = document(cli("validate", workshop / "mlx", "--base", base, "--json"))
         assert d["by"]["identity"]["status"] == status
+        if name == "moved":
+            assert "correlate 0.99" in d["by"]["identity"]["detail"]
+            assert "another dtype explains" in d["by"]["identity"]["detail"]
     result = cli(
         "convert",
         workshop / "mlx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ HALF = (
     1e-3  # relative, of a weight stored in FLOAT16: 2^-11 for one number, and room for small ones
 )
 SMALLEST = 2.0**-24  # FLOAT16's subnormal numbers
+# how far a value of kin, relative, may be off in a copy in another dtype: it and its row's largest were
+# rounded to BF16 here, to FLOAT16 and then to BF16 there; and both samples to FLOAT16
+CAST = 2 * (2 * 2.0**-8 + 2.0**-11) + 2 * 2.0**-11
 _NUMBERS = 1 << 20  # of a weight, at once
 
 
@@ -44,13 +48,34 @@ def alike(adapter: Adapter, base: Base) -> float | None:
     return correlation(str(recorded), str(base.kin)) if known else None
 
 
+def beyond(recorded: str, base: Base) -> int:
+    """How many of the base's sampled weights differ by more than a copy's dtype explains from those of
+    ``recorded``, of the same size as the base's ``kin``."""
+    import numpy as np
+
+    ours, theirs = (
+        np.frombuffer(b64decode(k), "<f2").astype(np.float64).reshape(base.sample.shape)
+        for k in (str(base.kin), recorded)
+    )
+    largest = np.abs(base.sample).max(axis=1, keepdims=True)
+    allowed = CAST * np.maximum(np.abs(ours), np.abs(theirs))
+    allowed += SMALLEST + 2 * SMALLEST / np.maximum(largest, 1e-30)
+    return int((np.abs(ours - theirs) > allowed).sum())
+
+
 def identity(adapter: Adapter, base: Base) -> Check:
     """Whether this is the base the adapter was trained on, as far as files can tell."""
     correlated = alike(adapter, base)
     if correlated is not None:
-        status = "passed" if correlated >= 0.99 else "failed"
         what = f"sampled weights correlate {correlated:.4f} with the recorded base's"
-        return Check("identity", status, what)
+        off = beyond(str(adapter.base.kin), base) if correlated >= 0.99 else None
+        if off:
+            what += (
+                f", but {off} of {base.sample.size} are off by more than storing them in another dtype"
+                " explains: the base was trained further, has an adapter fused in, or went through few"
+                " bits; give the base that the adapter was made for"
+            )
+        return Check("identity", "failed" if off or correlated < 0.99 else "passed", what)
     name = adapter.base.name
     own = base.config.get("_name_or_path")
     known = {str(own or ""), base.path.name, str(base.path)}

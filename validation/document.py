@@ -27,21 +27,23 @@ def document(
     thresholds: Mapping[str, Any],
     command: Sequence[str],
     fixed: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any] | None],
 ) -> dict[str, Any]:
-    """Everything that was found. ``given``: A and B as the user named them."""
+    """Everything that was found. ``given``: A and B as the user named them; ``files``: `named` ones."""
     ran = {s.name for s in found if s.status != "skipped"}
     inputs: dict[str, Any] = {"a": None, "b": None}
     for key, path, adapter in zip("ab", given, adapters, strict=False):
         digest = _digest(paths_of(adapter))
         inputs[key] = {"path": str(path), "format": adapter.format, "sha256": digest}
     whole = ran & {"parity", "quality", "latency", "swap"}
-    files = {p.name: p for p in [base.path / "config.json", *base.path.glob("model*.safetensors*")]}
+    held = {p.name: p for p in [base.path / "config.json", *base.path.glob("model*.safetensors*")]}
     packed = "mlx" if base.quantization is not None else "transformers"
     inputs["base"] = {
         "path": str(base.path),
         "format": packed,
-        "sha256": _digest(files) if whole else None,
+        "sha256": _digest(held) if whole else None,
     }
+    inputs |= files
     parity = next(s for s in found if s.name == "parity")
     return {
         "schema": SCHEMA,
@@ -63,6 +65,11 @@ def document(
         "checks": [c.as_json() for s in found for c in s.checks],
         "parity": dict(parity.numbers) or None,
     }
+
+
+def named(path: Path | None) -> dict[str, Any] | None:
+    """A file that was given, as documents name it; None without one."""
+    return None if path is None else {"path": str(path), "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,9 @@ from loraduct.validation.suites import CannotRun, Context, Suite, suite
 
 SAMPLES, SEED = 2000, 0  # of the bootstrap: with this many, other seeds move its ends by under 1 %
 ENDS = (2.5, 97.5)  # percentiles
+LEAST = 5  # units that are drawn: of fewer texts, blocks of tokens; of fewer blocks nothing is said
+BLOCK = 16  # tokens, long enough that what neighbours share stays within
+TOO_FEW = f"the text is too short for an interval: give {LEAST} texts, or {LEAST * BLOCK} tokens"
 
 
 def run(context: Context) -> Suite:
@@ -65,11 +68,16 @@ def judge(sides: dict[str, list[Scored]], numbers: dict[str, Any]) -> list[Check
     if not all(math.isfinite(v) for v in numbers["perplexities"].values()):
         return [Check("perplexity", "failed", f"NaN or infinite: {words}")]
     found = [Check("perplexity", "passed", f"{words}, on {numbers['tokens']} tokens")]
-    losses = {name: [float(s.losses.sum()) for s in rows] for name, rows in sides.items()}
+    losses = {name: units(rows) for name, rows in sides.items()}
     gain, kept = intervals(losses["base"], losses["source"], losses.get("result"))
     numbers["gain"] = {k: v / numbers["tokens"] for k, v in gain.items()}
     nats = "{value:.4f} nats a token ({low:.4f} to {high:.4f})".format(**numbers["gain"])
-    if gain["low"] <= 0:
+    if math.isinf(gain["low"]):
+        what = f"A gains {numbers['gain']['value']:.4f} nats a token; {TOO_FEW}"
+        found.append(Check("gain", "warning", what))
+    elif gain["high"] < 0:
+        found.append(Check("gain", "failed", f"A makes this text worse: it gains {nats}"))
+    elif gain["low"] <= 0:
         what = f"A gains {nats} on this text, which can't be told from nothing"
         found.append(Check("gain", "warning", what))
     else:
@@ -78,11 +86,22 @@ def judge(sides: dict[str, list[Scored]], numbers: dict[str, Any]) -> list[Check
         return found
     numbers["greedy_agreement"] = agreement(sides["source"], sides["result"])
     if kept is None:
-        what = "how much of A's gain B keeps can't be told on this text: A has none"
+        why = TOO_FEW if math.isinf(gain["low"]) else "A has none"
+        what = f"how much of A's gain B keeps can't be told on this text: {why}"
         return [*found, Check("gain kept", "skipped", what)]
     numbers["gain_kept"] = kept
     what = "B keeps {value:.2%} of A's gain ({low:.2%} to {high:.2%})".format(**kept)
     return [*found, Check("gain kept", "passed", what)]
+
+
+def units(rows: Sequence[Scored]) -> list[float]:
+    """Summed losses of what is drawn: of each text, or of the blocks of tokens of few texts."""
+    import numpy as np
+
+    if len(rows) >= LEAST:
+        return [float(s.losses.sum()) for s in rows]
+    parts = [p for s in rows for p in np.array_split(s.losses, math.ceil(len(s.losses) / BLOCK))]
+    return [float(p.sum()) for p in parts]
 
 
 def perplexity(rows: Sequence[Scored]) -> float:
@@ -106,14 +125,17 @@ def intervals(
     result: Sequence[float] | None,
     seed: int = SEED,
 ) -> tuple[dict[str, float], dict[str, float] | None]:
-    """(A's gain, B's share of it), each ``{value, low, high}``, from the summed losses of each text.
+    """(A's gain, B's share of it), each ``{value, low, high}``, from the summed losses of each unit.
 
-    Percentile bootstrap over texts (Efron and Tibshirani 1993, chapter 13): a sample's share is the
-    ratio of sums, not the mean of ratios. The share is None where the gain's interval reaches 0.
+    Percentile bootstrap over units (Efron and Tibshirani 1993, chapter 13): a sample's share is the
+    ratio of sums, not the mean of ratios. The share is None where the gain's interval reaches 0; of
+    fewer than LEAST units the interval is all numbers.
     """
     import numpy as np
 
     gains = np.subtract(base, source)
+    if len(gains) < LEAST:
+        return {"value": float(gains.sum()), "low": -math.inf, "high": math.inf}, None
     picks = np.random.default_rng(seed).integers(0, len(gains), (SAMPLES, len(gains)))
     sums = gains[picks].sum(axis=1)
     gain = _ends(float(gains.sum()), sums)

@@ -119,7 +119,7 @@ def _quality(numbers: Numbers, thresholds: Numbers) -> list[str]:
         mark = None if least is None else (least, "least allowed")
         row = ("B", float(kept["value"]), ends[0], ends[1])
         svg = plots.intervals("gain", [row], "share of A's gain (1 = all)", mark)
-        explained = "with its bootstrap interval over texts, 95 %"
+        explained = "with its bootstrap interval, 95 %"
         figures.append(figure("Gain kept", explained, svg))
     return figures
 

@@ -74,6 +74,10 @@ def tokenize(base: Base, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
     """
     found = tokenized(base.path, prompts)
     if found is not None:
+        none = [p for p, ids in zip(prompts, found[0], strict=True) if not ids and p not in PROMPTS]
+        if none:
+            what = f"its tokenizer makes no token of the prompt {printable(repr(none[0]), 60)}"
+            raise Refused(base.path, f"{what}; give another")
         return [ids or [0] for ids in found[0]], found[1]
     import numpy as np
 

@@ -123,7 +123,8 @@ def _one(name: str, context: Context) -> Suite:
             return Suite(name, "skipped", printable(str(e), 500))
         return Suite(name, "failed", str(e), (Check(name, "failed", str(e)),))
     if done.status == "skipped" and name in context.wanted:
-        return replace(done, status="failed")
+        checks = (*done.checks, Check(name, "failed", done.reason))
+        return replace(done, status="failed", checks=checks)
     return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Text:
 def content_of(file: Path, most: int) -> str:
     """The text in a file of ``most`` bytes. Raises Refused."""
     try:
-        return read_bytes(file, most).decode()
+        return read_bytes(file, most).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Refused(file, "is not UTF-8") from None
 
@@ -47,14 +48,26 @@ def json_object(row: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def lone_surrogate(text: str) -> bool:
+    """Whether it holds half of a character (``\\ud800``), which JSON can say and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def objects(file: Path) -> list[Mapping[str, Any]]:
     """One object a text: ``{text}``, ``{prompt, completion}`` or ``{messages}``. Raises Refused."""
-    content = content_of(file, MOST_BYTES)
-    if file.suffix != ".jsonl":
-        paragraphs = content.replace("\r\n", "\n").split("\n\n")
-        found: list[Mapping[str, Any]] = [{"text": p.strip()} for p in paragraphs if p.strip()]
+    content, ending = content_of(file, MOST_BYTES), file.suffix.lower()
+    rows = lines(content) if ending in (".jsonl", ".json") else {}
+    if ending == ".json" and None in map(json_object, rows.values()):
+        raise Refused(file, "is JSON: expected .jsonl, an object a line, or a text")
+    if rows:
+        found: list[Mapping[str, Any]] = [_checked(file, n, row) for n, row in rows.items()]
     else:
-        found = [_checked(file, n, row) for n, row in lines(content).items()]
+        paragraphs = re.split(r"\n[ \t]*\n", content.replace("\r\n", "\n"))
+        found = [{"text": p.strip()} for p in paragraphs if p.strip()]
     if not found:
         raise Refused(file, "holds no text")
     return found
@@ -81,6 +94,10 @@ def _checked(file: Path, number: int, row: str) -> Mapping[str, Any]:
         raise Refused(file, f"line {number} is not {wanted}")
     if not all(str(t).strip() for t in texts):
         raise Refused(file, f"line {number} has an empty text")
+    if any(lone_surrogate(str(t)) for t in texts):
+        raise Refused(
+            file, f"line {number} has half of a character (a lone surrogate, \\ud800 to \\udfff)"
+        )
     return value
 
 

@@ -47,20 +47,20 @@ THRESHOLDS: dict[str, Threshold] = {
     "regress_from": Threshold("FILE", "An earlier --json document not to fall behind."),
     "tolerance": Threshold("SHARE", "How far behind it a number may be; 5%."),
 }  # fmt: skip
-# what --regress-from compares: (suite, number)
+# what --regress-from compares, of what ships: (suite, name, where it is; the first that there is)
 REGRESSIONS = (
-    ("size", "bytes"),
-    ("quality", "perplexities.result"),
-    ("latency", "ms_per_prompt_token"),
-    ("latency", "tokens_per_second"),
-    ("latency", "peak_memory_bytes"),
+    ("size", "bytes", ("bytes",)),
+    ("quality", "perplexity", ("perplexities.result", "perplexities.source")),
+    ("latency", "ms_per_prompt_token", ("ms_per_prompt_token",)),
+    ("latency", "tokens_per_second", ("tokens_per_second",)),
+    ("latency", "peak_memory_bytes", ("peak_memory_bytes",)),
 )
 
 
 def from_file(path: Path | None) -> dict[str, Any]:
     """What [validate] of ``path`` says, or of loraduct.toml in the working directory, if there is one.
 
-    Raises Refused for keys and values that are unknown.
+    Raises Refused for keys and values that are unknown, and where ``path`` has no such table.
     """
     import tomllib
 
@@ -70,11 +70,19 @@ def from_file(path: Path | None) -> dict[str, Any]:
     if path is None and not file.exists():
         return {}
     try:
-        table = tomllib.loads(read_bytes(file, 1 << 20).decode()).get("validate", {})
+        found = tomllib.loads(read_bytes(file, 1 << 20).decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
         raise Refused(file, f"is not TOML: {printable(str(e), 200)}") from None
+    if strange := sorted(found.keys() - {"validate"}):
+        raise Refused(file, f"has unknown {several(strange)}; thresholds stand under [validate]")
+    if path is not None and "validate" not in found:
+        raise Refused(file, "has no [validate], under which thresholds stand")
+    table = found.get("validate", {})
     if not isinstance(table, dict):
         raise Refused(file, "validate is not a table: [validate]")
+    names = [k.replace("-", "_") for k in table]
+    if twice := sorted(k for k in set(names) if names.count(k) > 1):
+        raise Refused(file, f"[validate] has {twice[0].replace('_', '-')} twice: with - and with _")
     given = {str(k).replace("-", "_"): v for k, v in table.items()}
     if unknown := sorted(given.keys() - THRESHOLDS.keys()):
         known = several([k.replace("_", "-") for k in THRESHOLDS], 12)
@@ -128,9 +136,17 @@ def gated(
         suite = by_name[t.suite]
         value = gates.value_at(suite.numbers, t.at)
         if value is not None or key in given:
-            why = suite.reason or "no such number"
+            why = suite.reason or _why(suite, t.at)
             by_name[t.suite] = _with(suite, gates.held(key, limit, value, t.at, why))
     return [by_name[s.name] for s in found]
+
+
+def _why(suite: Suite, at: str) -> str:
+    """Why a suite that ran has no such number."""
+    if suite.name == "quality" and not gates.value_at(suite.numbers, "perplexities.result"):
+        return "one adapter: give B, what was made of it"
+    left = (c.detail for c in suite.checks if c.status == "skipped")
+    return next(left, f"no {at}") if suite.name == "quality" else f"no {at}"
 
 
 def _with(suite: Suite, check: Check) -> Suite:
@@ -148,17 +164,28 @@ def previous(file: Path) -> dict[str, Any]:
     return value
 
 
-def regressed(found: Sequence[Suite], before: Mapping[str, Any], tolerance: float) -> list[Suite]:
-    """The suites with a check for each number that both documents have."""
+def regressed(
+    found: Sequence[Suite],
+    before: Mapping[str, Any],
+    tolerance: float,
+    text: Mapping[str, Any] | None = None,
+) -> list[Suite]:
+    """The suites with a check for each number that both documents have.
+
+    ``text``: what quality was measured on, as documents name it; perplexities of another are no yardstick.
+    """
     old = {str(s.get("name")): s.get("numbers") for s in before["suites"]}
     by_name = {s.name: s for s in found}
     compared = 0
-    for name, key in REGRESSIONS:
-        was = gates.value_at(old.get(name), key)
-        now = gates.value_at(by_name[name].numbers, key)
+    for name, key, places in REGRESSIONS:
+        was, now = (_first(n, places) for n in (old.get(name), by_name[name].numbers))
         if was is None or (now is None and by_name[name].status == "skipped"):
             continue
         compared += 1
+        if name == "quality" and now is not None and not _same_text(before, old[name], text, found):
+            what = "perplexity was not compared with the earlier document's: it is of another text or part of it"
+            by_name[name] = _with(by_name[name], Check("regression", "skipped", what))
+            continue
         check = gates.regression(f"{key}:", key, now, was, tolerance)
         by_name[name] = _with(by_name[name], check)
     if not compared:
@@ -166,3 +193,20 @@ def regressed(found: Sequence[Suite], before: Mapping[str, Any], tolerance: floa
             None, "regress-from: the earlier document has no number that was measured now"
         )
     return [by_name[s.name] for s in found]
+
+
+def _first(numbers: Any, places: Sequence[str]) -> float | None:
+    values = (gates.value_at(numbers, p) for p in places)
+    return next((v for v in values if v is not None), None)
+
+
+def _same_text(
+    before: Mapping[str, Any], numbers: Any, text: Mapping[str, Any] | None, found: Sequence[Suite]
+) -> bool:
+    """Whether the same bytes were scored, and as many tokens of them."""
+    inputs = before.get("inputs")
+    earlier = inputs.get("text") if isinstance(inputs, Mapping) else None
+    digest = earlier.get("sha256") if isinstance(earlier, Mapping) else None
+    now = next(s.numbers for s in found if s.name == "quality")
+    tokens = gates.value_at(now, "tokens") == gates.value_at(numbers, "tokens")
+    return text is not None and digest == text["sha256"] and tokens

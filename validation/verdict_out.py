@@ -96,5 +96,5 @@ def _cell(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Untrusted text as code."""
-    return "`" + printable(text, 300).replace("`", "'").replace("|", "\\|") + "`"
+    """Untrusted text as code, outside of tables (within, a | would end the cell)."""
+    return "`" + printable(text, 300).replace("`", "'") + "`"

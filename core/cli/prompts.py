@@ -14,7 +14,7 @@ def prompts_of(file: Path) -> list[str]:
     if not lines:
         raise Refused(file, "holds no prompts")
     values = {n: texts.json_object(row) for n, row in lines.items()}
-    if file.suffix != ".jsonl" and None in values.values():
+    if file.suffix.lower() != ".jsonl" and None in values.values():
         return list(lines.values())
     found = []
     for number, row in lines.items():
@@ -24,5 +24,12 @@ def prompts_of(file: Path) -> list[str]:
         prompt = row if value is None else value.get("prompt")
         if not isinstance(prompt, str):
             raise Refused(file, f"line {number} is not an object with a prompt that is a text")
+        if not prompt.strip():
+            raise Refused(file, f"line {number} has an empty prompt")
+        if texts.lone_surrogate(prompt):
+            raise Refused(
+                file,
+                f"line {number} has half of a character (a lone surrogate, \\ud800 to \\udfff)",
+            )
         found.append(prompt)
     return found

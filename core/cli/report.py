@@ -9,6 +9,18 @@ import click
 from loraduct.cli.common import PATH
 
 
+def check_output(path: Path, what: str) -> None:
+    """Refuse a file that could not be written. ``what`` is to be in it."""
+    from loraduct.errors import Refused
+
+    if path.is_symlink():
+        raise Refused(path, f"{what} can't be written: it is a link; name a file")
+    if not path.absolute().parent.is_dir():
+        raise Refused(path, f"{what} can't be written: its folder does not exist")
+    if path.exists() and not path.is_file():
+        raise Refused(path, f"{what} can't be written: it is a folder or a device, expected a file")
+
+
 @click.command("report")
 @click.argument("file", metavar="FILE.json", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="HTML", help="The file to write.")
@@ -23,6 +35,7 @@ def command(file: Path, output: Path, force: bool) -> None:
     from loraduct.formats.json_file import parse_object
     from loraduct.validation import report
 
+    check_output(output, "the page")
     if output.exists() and not force:
         raise Refused(output, "exists; use --force to replace it, or choose another file")
     document = parse_object(read_bytes(file, report.MOST_JSON), file)

@@ -13,6 +13,7 @@ import click
 
 from loraduct.cli.common import PATH, json_option, print_json, reading_options, strict
 from loraduct.cli.prompts import prompts_of
+from loraduct.cli.report import check_output
 from loraduct.validation.suites import SUITES
 from loraduct.validation.thresholds import THRESHOLDS
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from loraduct.adapter import Adapter
     from loraduct.formats.base import Base
     from loraduct.formats.options import ReadOptions
+    from loraduct.validation.runs import Runs
     from loraduct.validation.suites import Suite
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -112,10 +114,11 @@ def command(
     from loraduct.converters.pool import AdapterPool
     from loraduct.errors import Refused
     from loraduct.formats import base as base_folder
+    from loraduct.formats import read as read_adapter
     from loraduct.formats.options import ReadOptions
     from loraduct.validation import align, runtimes, suites, texts, thresholds
-    from loraduct.validation.document import document
-    from loraduct.validation.runs import Runs, most_tokens
+    from loraduct.validation import runs as run_once
+    from loraduct.validation.document import document, named
 
     outputs = {k: more.pop(k) for k in ("junit", "markdown", "html")}
     _check_outputs(outputs)
@@ -134,6 +137,10 @@ def command(
     rows = texts.objects(text) if text else []
     paths = [p for p in (first, second) if p is not None]
     adapters = _adapters(paths, options)
+    others = [read_adapter(p, ReadOptions(restore=False, base=model)).path for p in beside]
+    given = [text, prompts, config or Path(thresholds.CONFIG), limits["regress_from"], name_map]
+    given += [base, model.path, *beside, *others, *_parts(paths, adapters)]
+    _check_inputs(outputs, [Path(p) for p in given if p])
     runs_parity = not wanted or "parity" in wanted
     if len(adapters) == 2 and runs_parity and not model.has_weights:
         raise Refused(
@@ -144,16 +151,19 @@ def command(
     fixed = _fix(model) if fix_base_config else {}
     model = base_folder.read(base)
     progress = _progress if sys.stderr.isatty() else _silent
-    runs = Runs(
+    runs = run_once.Runs(
         model,
         said,
         file=prompts,
         text=text,
         rows=rows,
-        most=text_tokens or most_tokens(adapters),
+        most=text_tokens or run_once.most_tokens(adapters),
         adapters=adapters,
         progress=lambda what: progress(f"  {what}"),
     )
+    if not any(a.format == "coreml" for a in adapters):
+        _tokenize(runs, wanted)
+    files = {"text": named(text), "prompts": named(prompts)}
     context = suites.Context(
         tuple(adapters),
         model,
@@ -167,15 +177,15 @@ def command(
     found = suites.run(context, progress)
     found = thresholds.gated(found, limits, context.given)
     if before is not None:
-        found = thresholds.regressed(found, before, limits["tolerance"])
-    made = document(found, adapters, paths, model, limits, ["loraduct", *sys.argv[1:]], fixed)
-    made = strict(made)
-    _write(outputs, made)
+        found = thresholds.regressed(found, before, limits["tolerance"], files["text"])
+    words = ["loraduct", *sys.argv[1:]]
+    made = strict(document(found, adapters, paths, model, limits, words, fixed, files))
     if as_json:
         print_json(made)
     else:
         _print(paths, adapters, model, fixed, found)
         click.echo(made["verdict"])
+    _write(outputs, made)
     if not made["passed"]:
         ctx.exit(3)
 
@@ -195,13 +205,59 @@ def _check_outputs(outputs: dict[str, Path | None]) -> None:
     """Refuse now what could not be written after minutes of running."""
     from loraduct.errors import Refused
 
+    seen: dict[Path, str] = {}
     for kind, path in outputs.items():
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise Refused(path, f"--{kind} can't be written: it is a folder, or is in none")
+        if path is None:
+            continue
+        check_output(path, f"--{kind}")
+        if other := seen.get(path.resolve()):
+            raise Refused(path, f"--{kind} can't be written: --{other} goes there, too")
+        seen[path.resolve()] = kind
     if outputs["html"]:
         from loraduct.validation import report_plots
 
         report_plots.available()
+
+
+def _parts(paths: Sequence[Path], adapters: Sequence[Adapter]) -> list[Path]:
+    """What is read of the adapters: folders, or of a file, beside which others may lie, its config, too."""
+    from loraduct.formats import CONFIG
+
+    found = [*paths, *(a.weights for a in adapters)]
+    for path, adapter in zip(paths, adapters, strict=True):
+        found.append(path.parent / CONFIG if path.is_file() else adapter.path)
+    return found
+
+
+def _check_inputs(outputs: dict[str, Path | None], inputs: Sequence[Path]) -> None:
+    """Refuse to write over what is read, or into a folder that is."""
+    from loraduct.errors import Refused
+
+    read = {p.resolve() for p in inputs}
+    for kind, path in outputs.items():
+        if path is None:
+            continue
+        for place in (path.resolve(), *path.resolve().parents):
+            if place in read:
+                what = "that is read" if place == path.resolve() else f"in {place}, which is read"
+                raise Refused(path, f"--{kind} can't be written: it is a file {what}")
+
+
+def _tokenize(runs: Runs, wanted: Sequence[str]) -> None:
+    """Refuse now the texts and prompts that no model could be given, after minutes of running others.
+
+    What is not installed, or a tokenizer that can't be used, is for the suites to say.
+    """
+    from contextlib import suppress
+
+    from loraduct.errors import MissingExtra
+    from loraduct.validation.runtimes import RuntimeFailed
+
+    with suppress(MissingExtra, RuntimeFailed):
+        if runs.text is not None and (not wanted or "quality" in wanted):
+            _ = runs.texts
+        elif runs.file is not None:
+            _ = runs.ids
 
 
 def _write(outputs: dict[str, Path | None], document: dict[str, Any]) -> None:

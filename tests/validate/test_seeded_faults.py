@@ -115,6 +115,46 @@ def test_tensors(room: Path, judge: Judge, tmp_path: Path, edit: Edit, module: s
     assert guilty(found, "parity", "dW").module == module
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_small_row_flipped(room: Path, judge: Judge, tmp_path: Path, dtype: str) -> None:
+    """Of the whole matrix it is less than its dtype rounds; the smallest row of all is taken."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def stored(name: str, edit: Callable[[dict[str, Any]], None]) -> Path:
+        folder = shutil.copytree(REPLY, tmp_path / name)
+        file = folder / "adapter_model.safetensors"
+        tensors = {n: t.to(getattr(torch, dtype)) for n, t in load_file(file).items()}
+        edit(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        return folder
+
+    sizes = {}
+    sound = stored("sound", lambda t: sizes.update(row_sizes(t)))
+    name, row = min(sizes, key=lambda k: sizes[k])
+
+    def flip_it(tensors: dict[str, Any]) -> None:
+        tensors[name][row] *= -1
+
+    wrong = convert(stored("wrong", flip_it), tmp_path / "wrong-mlx")
+    check = guilty(judge(sound, wrong), "parity", "dW")
+    assert f"row {row} is off by" in check.detail
+    assert check.module == name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+    found = judge(sound, convert(sound, tmp_path / "sound-mlx"))
+    assert suites.all_passed(list(found.values()))
+
+
+def row_sizes(tensors: dict[str, Any]) -> dict[tuple[str, int], float]:
+    """Of each row of dW, as a share of the whole."""
+    found = {}
+    for name, b in tensors.items():
+        if ".lora_B." in name:
+            dw = b.double() @ tensors[name.replace("lora_B", "lora_A")].double()
+            shares = (dw.norm(dim=1) / dw.norm()).tolist()
+            found |= {(name, n): share for n, share in enumerate(shares)}
+    return found
+
+
 def test_a_scale_that_is_off_everywhere(room: Path, judge: Judge, tmp_path: Path) -> None:
     """In the config alone: the gain says by how much, whatever the tensors say."""
     config = json.loads((room / "mlx" / "adapter_config.json").read_text())
@@ -219,6 +259,31 @@ def test_another_base(room: Path, tmp_path: Path) -> None:
     check = guilty(Judge(folder, [])(REPLY, room / "mlx"), "base", "identity")
     assert check.adapter == "B"
     assert "correlate 0.9" in check.detail
+
+
+def test_a_base_with_an_adapter_fused_in(room: Path, tmp_path: Path) -> None:
+    """Its weights correlate with the base's by more than 0.9999."""
+    fused = tmp_path / SMOL.name
+    run("fuse", ROOT / "examples" / "summary", "--base", SMOL, "-o", fused)
+    check = guilty(Judge(fused, [])(REPLY, room / "mlx"), "base", "identity")
+    assert check.adapter == "B"
+    assert "off by more than storing them in another dtype explains" in check.detail
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_base_in_another_dtype(room: Path, tmp_path: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from loraduct.validation.base_model import identity
+
+    (tmp_path / "base").mkdir()
+    shutil.copy(SMOL / "config.json", tmp_path / "base")
+    tensors = load_file(SMOL / "model.safetensors")
+    cast = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}
+    save_file(cast, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    other = Judge(tmp_path / "base", [])
+    assert identity(other.fresh(room / "mlx"), other.base).status == "passed"
 
 
 @pytest.fixture(scope="module")

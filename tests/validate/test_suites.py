@@ -280,11 +280,20 @@ def test_gates_from_a_file(
         ("[validate]\nmax-size = true\n", "max-size is True"),
         ("validate = 3\n", "validate is not a table"),
         ("[validate\n", "is not TOML"),
+        ("[validat]\nmax-size = '1MB'\n", "has unknown validat; thresholds stand under [validate]"),
+        ("[tool.validate]\nmax-size = '1MB'\n", "has unknown tool"),
+        ("max-size = '1B'\n[validate]\n", "has unknown max-size"),
+        ("[validate]\nmax-size = '1B'\nmax_size = '1GB'\n", "has max-size twice"),
     ):
         config.write_text(text)
         result = cli(*words)
         assert result.exit_code == 1, text
         assert said in result.stderr
+    config.write_text("# nothing\n")
+    assert cli(*words).exit_code == 0
+    assert "has no [validate]" in cli(*words, "--config", config).stderr
+    config.write_text("[validate]\nmax-size = '100B'\n", "utf-8-sig")
+    assert cli(*words).exit_code == 3
 
 
 def test_a_gate_that_was_not_measured_fails(world: Any, cli: Cli) -> None:
@@ -292,6 +301,12 @@ def test_a_gate_that_was_not_measured_fails(world: Any, cli: Cli) -> None:
     result = cli(*words)
     assert result.exit_code == 3
     assert "was not measured: no text" in failed(read(result))[0]["detail"]
+    for gate, why in (
+        ("--min-greedy-agreement", "one adapter: give B"),
+        ("--min-gain-kept", "one adapter"),
+    ):
+        result = cli(*words[:-3], gate, "0.5", "--text", world.text, "--suite", "quality", "--json")
+        assert why in failed(read(result))[0]["detail"]
 
 
 def test_regressions(world: Any, cli: Cli, tmp_path: Path) -> None:
@@ -324,6 +339,120 @@ def test_regressions(world: Any, cli: Cli, tmp_path: Path) -> None:
         assert said in result.stderr
 
 
+def test_regressions_of_quality(world: Any, cli: Cli, tmp_path: Path) -> None:
+    """Of what ships: of A alone, too, and against a document that had B."""
+    file = tmp_path / "old.json"
+    more = ("--base", world.base, "--suite", "quality", "--text", world.text, "--json")
+    half = weaker(world, tmp_path / "half", 0.5)
+    for old in ((world.mlx,), (world.peft, world.mlx)):
+        before = cli("validate", *old, *more)
+        assert before.exit_code == 0
+        file.write_text(before.stdout)
+        assert cli("validate", world.mlx, *more, "--regress-from", file).exit_code == 0
+        result = cli("validate", half, *more, "--regress-from", file)
+        assert result.exit_code == 3
+        (check,) = failed(read(result))
+        assert check["name"] == "regression"
+        assert check["detail"].startswith("perplexity: ")
+
+
+def test_perplexities_of_another_text_are_no_yardstick(
+    world: Any, cli: Cli, tmp_path: Path
+) -> None:
+    words = ("validate", world.peft, "--base", world.base, "--suite", "quality", "--json")
+    file, other = tmp_path / "old.json", tmp_path / "other.jsonl"
+    file.write_text(cli(*words, "--text", world.text).stdout)
+    other.write_text("".join(world.text.read_text().splitlines(keepends=True)[::-1]))
+    for more in (("--text", other), ("--text", world.text, "--text-tokens", 100)):
+        d = read(cli(*words, *more, "--regress-from", file))
+        (check,) = (c for c in d["by"]["quality"]["checks"] if c["name"] == "regression")
+        assert check["status"] == "skipped"
+        assert "of another text" in check["detail"]
+        assert "of another text" in d["verdict"]
+
+
+def test_a_suite_that_failed_has_a_failed_check(
+    world: Any, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name, it could decide nothing: JUnit is as red as the verdict, and says why."""
+    from loraduct.validation import parity, suites
+    from loraduct.validation.checks import Check
+
+    left = suites.suite("parity", [Check("logits", "skipped", "the base is packed")])
+    monkeypatch.setattr(parity, "run", lambda _: left)
+    words = ("validate", world.peft, world.mlx, "--base", world.base, "--suite", "parity")
+    files = ("--junit", tmp_path / "r.xml", "--html", tmp_path / "r.html")
+    result = cli(*words, *files, "--json")
+    assert result.exit_code == 3
+    assert [c["detail"] for c in failed(read(result))] == ["the base is packed"]
+    root = ElementTree.parse(tmp_path / "r.xml").getroot()
+    assert root.get("failures") == "1"
+    page = (tmp_path / "r.html").read_text()
+    assert "the base is packed" in page.split('class="verdict')[1].split("</div>")[0]
+
+
+def test_few_texts_are_drawn_by_blocks() -> None:
+    """One long text has an interval of some width; of a short one nothing is said."""
+    from loraduct.validation.quality import BLOCK, LEAST, intervals, units
+    from loraduct.validation.runs import Scored
+
+    rng = np.random.default_rng(0)
+    sides = {
+        k: rng.gamma(2.0, v, 40 * BLOCK)
+        for k, v in (("base", 1.5), ("source", 1.0), ("result", 1.02))
+    }
+    base, source, result = (units([Scored(v, v)]) for v in sides.values())
+    assert len(base) == 40
+    assert sum(base) == pytest.approx(sides["base"].sum())
+    gain, kept = intervals(base, source, result)
+    assert kept is not None
+    assert kept["low"] < kept["value"] < kept["high"]
+    assert gain["low"] < gain["value"] < gain["high"]
+    gain, kept = intervals([100.0], [80.0], [80.9])
+    assert kept is None
+    assert (gain["value"], gain["low"], gain["high"]) == (20, -np.inf, np.inf)
+    short = [Scored(np.ones(3), np.ones(3)) for _ in range(LEAST)]
+    assert units(short) == [3.0] * LEAST
+
+
+def test_a_text_too_short_for_an_interval(world: Any, cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("the a tall trees stand by the old river")
+    words = (
+        "validate",
+        world.peft,
+        world.mlx,
+        "--base",
+        world.base,
+        "--suite",
+        "quality",
+        "--text",
+        text,
+    )
+    page = tmp_path / "r.html"
+    result = cli(*words, "--json", "--html", page)
+    assert result.exit_code == 0
+    d = read(result)
+    assert "too short for an interval" in d["verdict"]
+    numbers = d["by"]["quality"]["numbers"]
+    assert numbers["gain"]["low"] is None
+    assert "gain_kept" not in numbers
+    assert "too short for an interval" in page.read_text()
+    result = cli(*words, "--json", "--min-gain-kept", "0.5")
+    assert result.exit_code == 3
+    assert "too short" in failed(read(result))[0]["detail"]
+
+
+def test_an_adapter_that_makes_the_text_worse(world: Any, cli: Cli, tmp_path: Path) -> None:
+    wrong = weaker(world, tmp_path / "wrong", -2)
+    words = ("validate", wrong, "--base", world.base, "--suite", "quality", "--text", world.text)
+    result = cli(*words, "--json")
+    assert result.exit_code == 3
+    (check,) = failed(read(result))
+    assert check["name"] == "gain"
+    assert check["detail"].startswith("A makes this text worse: it gains -")
+
+
 def test_files_for_other_tools(world: Any, cli: Cli, tmp_path: Path) -> None:
     wrong = weaker(world, tmp_path / "a_`|<b>", 0.5)
     files = ("--junit", tmp_path / "r.xml", "--markdown", tmp_path / "r.md")
@@ -343,7 +472,7 @@ def test_files_for_other_tools(world: Any, cli: Cli, tmp_path: Path) -> None:
 
 def printable_path(path: Path) -> str:
     """As it stands in code."""
-    return str(path).replace("`", "'").replace("|", "\\|")
+    return str(path).replace("`", "'")
 
 
 def test_models_are_loaded_once(world: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
