@@ -73,7 +73,7 @@ def record(
     if source.naming == "hf" and blocks:
         value["blocks"] = blocks
     if kin or source.base.kin:
-        value["kin"] = kin or source.base.kin
+        value["kin"] = source.base.kin or kin  # whose it was first stays so
     if tied is not None:
         value["tied"] = tied
     if source.base.quantization_known:

@@ -209,6 +209,10 @@ def test_recorded_base_is_recognised_in_another_dtype(
     )
     assert result.exit_code == 1
     assert "not the base" in result.stderr
+    again = ["convert", workshop / "mlx", "--to", "peft", "-o", tmp_path / "p"]
+    assert cli(*again, "--base", tmp_path / "moved").exit_code == 0
+    d = document(cli("validate", tmp_path / "p", "--base", tmp_path / "moved", "--json"))
+    assert d["by"]["identity"]["status"] == "failed"  # the base it was recorded with first counts
 
 
 def test_nan_is_named(workshop: Path, fixed: Path, cli: Cli, tmp_path: Path) -> None:
