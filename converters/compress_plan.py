@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from loraduct.converters import bits, palette, palettize
@@ -212,10 +212,14 @@ def _decide(
         chosen = {w.offset: int(made.widths[str(w.offset)]) for w in weights}
         return made, {at: list(plan.errors[at])[i] for at, i in chosen.items() if i >= 0}
 
+    @cache  # plans have most in common
+    def stored(name: str, way: Way) -> palette.Palette:
+        return _stored(by_name[name], way, plan, read)
+
     def changed(found: tuple[bits.Plan, dict[int, Way]]) -> Mapping[str, Any]:
-        ways = found[1]
-        names = [n for n, w in by_name.items() if w.offset in share and w.offset in ways]
-        return Lazily(names, lambda n: _values(by_name[n], ways[by_name[n].offset], plan, read)[0])
+        ways = {n: found[1].get(w.offset) for n, w in by_name.items() if w.offset in share}
+        taken = {n: way for n, way in ways.items() if way is not None}
+        return Lazily(list(taken), lambda name: palette.expand(stored(name, taken[name])))
 
     first = found = planned(1.0)
     if loss and share:
@@ -225,13 +229,11 @@ def _decide(
     plan.curve, plan.count = first[0].curve, sum(w.count for w in weights)
 
 
-def _values(weight: Weight, way: Way, plan: Plan, read: Read) -> tuple[Any, float]:
-    """What is read back of a tensor that is stored in this way, about, and the error that this makes."""
-    made = palettize.palettize(
-        read(weight), replace(tables(way, weight.dtype.lower()), quick=True),
-        importance=plan.importance.get(weight.offset), name=weight.name,
-    )  # fmt: skip
-    return palette.expand(made), made.error
+def _stored(weight: Weight, way: Way, plan: Plan, read: Read) -> palette.Palette:
+    """A tensor in this way, searched hastily."""
+    options = replace(tables(way, weight.dtype.lower()), quick=True)
+    counts = plan.importance.get(weight.offset)
+    return palettize.palettize(read(weight), options, importance=counts, name=weight.name)
 
 
 def _fitting(weight: Weight, ways: Sequence[Way], form: str) -> list[Way]:
@@ -278,7 +280,8 @@ def sensitivities(
     def changed(name: str) -> tuple[Any, float]:
         weight = by_name[name]
         way = Way("lut", 4, 0 if form == OLD or weight.shape[0] % PROBE else PROBE)
-        return _values(weight, way, plan, read)
+        made = _stored(weight, way, plan, read)
+        return palette.expand(made), made.error
 
     found = measured(list(by_name), changed, loss)
     return {w.offset: found[w.name] for w in weights if w.name in found}
