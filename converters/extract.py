@@ -20,7 +20,7 @@ from loraduct.computed import given
 from loraduct.converters import lowrank
 from loraduct.converters.approximate import Wanted
 from loraduct.errors import Refused
-from loraduct.modules import kind_of_module
+from loraduct.modules import is_lookup, kind_of_module
 from loraduct.tensor import UNIT_ROUNDOFF, Tensor, as_float32
 
 ABOVE_NOISE = (
@@ -58,9 +58,9 @@ def differences(
 ) -> dict[str, Found]:
     """Module (low rank) or parameter (replaced) -> what changed from ``old`` to ``new``.
 
-    ``wanted`` without a rank or an energy: all directions above noise. Matrices become factors,
-    vectors are replaced; ``turned`` says of which parameters the weight is stored (in, out). Raises
-    Refused for parameters that only one of them has and for shapes that differ.
+    ``wanted`` without a rank or an energy: all directions above noise. Weights of linear layers and
+    embeddings become factors, all else is replaced; ``turned`` says of which parameters the weight is
+    stored (in, out). Raises Refused for parameters that only one of them has and for shapes that differ.
     """
     found: dict[str, Found] = {}
     for name, tensor in new.items():
@@ -92,6 +92,18 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    """Whether it is the weight of a linear layer or of an embedding that PEFT can adapt.
+
+    Other matrices are bare parameters (Mamba's A_log, biases of experts) and tables of positions,
+    whose layers do more than look up (OPT's), so that PEFT's layer in their place fails.
+    """
+    module = module_of(name)
+    leaf = module.rpartition(".")[2]
+    table = "emb" in leaf and kind_of_module(module) not in _VOCABULARY
+    return len(tensor.shape) == 2 and module != name and not table
+
+
 def changed(new: Tensor, old: Tensor, wanted: Wanted, *, turned: bool = False) -> Found | None:
     """What changed of one parameter; None if nothing but the rounding of the base's own values.
 
@@ -106,7 +118,7 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted, *, turned: bool = False) -
     difference = after - before
     if not difference.any():
         return None
-    if difference.ndim != 2:
+    if not is_matrix(new.name, new):
         return Found(Replacement(new, "full"), 0, 0.0, 0.0)
     difference = difference.T if turned else difference
     sigma = rounding_sigma(after, new.dtype)
@@ -115,7 +127,7 @@ def changed(new: Tensor, old: Tensor, wanted: Wanted, *, turned: bool = False) -
         return Found(Replacement(new, "full"), 0, 0.0, 0.0)
     size = float(np.linalg.norm(difference))
     noise = sigma * math.sqrt(difference.size)
-    if kind_of_module(module_of(new.name)) == "embedding":  # its axes are swapped
+    if is_lookup(module_of(new.name)):
         a, b, layout = b.T, a.T, "embedding"
     else:
         layout = "linear"

@@ -11,12 +11,14 @@ from loraduct.architectures import renamed, table
 from loraduct.converters import names
 from loraduct.converters.approximate import Wanted
 from loraduct.converters.convert import untie
-from loraduct.converters.extract import Found, differences
+from loraduct.converters.extract import Found, differences, is_matrix, module_of
 from loraduct.converters.fuse_folder import EXACT, check_base, fingerprint
+from loraduct.converters.merge_rest import check_apart
 from loraduct.errors import Refused
 from loraduct.formats import peft_writer
 from loraduct.formats.base import CONV1D, HEADS, Base
-from loraduct.modules import kind_of_module, pattern_of
+from loraduct.modules import block_of, is_lookup, kind_of_module, pattern_of
+from loraduct.tensor import Tensor
 
 _SAFE = Path("model.safetensors")
 
@@ -47,6 +49,7 @@ def extract(tuned: Base, base: Base, wanted: Wanted) -> Extracted:
     for one, held in ((tuned, new), (base, old)):  # copies of a tied embedding, which nobody reads
         if one.tied and one.stored_head:
             held.pop(one.stored_head)
+    parted = _give_head(new, old)
     if not new.keys() & old.keys():
         raise Refused(
             tuned.path, f"has no weight of the same name as {base.path}: not tuned from it"
@@ -56,9 +59,32 @@ def extract(tuned: Base, base: Base, wanted: Wanted) -> Extracted:
         raise Refused(tuned.path, f"does not differ from {base.path}: there is nothing to extract")
     if not any(isinstance(f.update, LowRank) for f in found.values()):
         what = "differs in whole parameters only, of which no LoRA can be made"
-        raise Refused(tuned.path, what, tensor=next(iter(found)))
+        name = next((n for n in found if is_matrix(n, new[n])), None)
+        if name is not None:
+            what = (
+                "every matrix that differs does so in too many directions for a smaller LoRA; the"
+                " nearest one of a rank: --rank N --allow-approximate"
+            )
+        raise Refused(tuned.path, what, tensor=name or next(iter(found)))
     _check_whole(tuned.path, found, wanted.allowed)
-    return Extracted(_adapter(tuned, base, found), found)
+    return Extracted(_adapter(tuned, base, found, new, parted=parted), found)
+
+
+def _give_head(new: dict[str, Tensor], old: dict[str, Tensor]) -> bool:
+    """Where one of the two ties its head and the other doesn't: the tied one gets its embedding's.
+
+    LoRA on the one and on the other are two updates for PEFT, on a tied base too.
+    """
+    for held, other in ((new, old), (old, new)):
+        ends = tuple(f"{h}.weight" for h in HEADS)
+        head = next((n for n in other if n.endswith(ends) and not block_of(n)), None)
+        if head is None or head in held:
+            continue
+        names = [n for n in held if kind_of_module(module_of(n)) == "embedding"]
+        if len(names) == 1:
+            held[head] = held[names[0]]
+            return True
+    return False
 
 
 def _turned(base: Base) -> Callable[[str], bool]:
@@ -67,7 +93,7 @@ def _turned(base: Base) -> Callable[[str], bool]:
 
     def turned(name: str) -> bool:
         module = name.removesuffix(".weight")
-        inner = kind_of_module(module) != "embedding" and not module.endswith((*HEADS, "wpe"))
+        inner = not is_lookup(module) and not module.endswith(HEADS)
         return kind in CONV1D and inner
 
     return turned
@@ -88,8 +114,14 @@ def _check_whole(path: Path, found: Mapping[str, Found], allowed: bool) -> None:
     )
 
 
-def _adapter(tuned: Base, base: Base, found: Mapping[str, Found]) -> Adapter:
-    """The adapter with transformers' live names and a config of its own."""
+def _adapter(
+    tuned: Base, base: Base, found: Mapping[str, Found], new: Mapping[str, Tensor], *, parted: bool
+) -> Adapter:
+    """The adapter with transformers' live names and a config of its own.
+
+    ``new``: the tuned model's parameters, of which whole modules are saved. ``parted``: embedding and
+    head were compared apart, whatever the base ties.
+    """
     updates: dict[str, Update] = {n: f.update for n, f in found.items()}
     adapter = Adapter(
         path=tuned.path,
@@ -105,13 +137,14 @@ def _adapter(tuned: Base, base: Base, found: Mapping[str, Found]) -> Adapter:
         base_modules=base.linear_modules,
     )
     adapter = _live(adapter, base)
-    adapter = untie(_saved(adapter, tuned), base)
+    adapter = _saved(adapter, new)
+    if not parted:
+        adapter = untie(adapter, base)
     if adapter.naming != "hf":
         adapter = names.for_base(adapter, "hf", base, base.path)[0]
     config = peft_writer.config_for(adapter)[0]
-    whole = sorted(
-        {n.rpartition(".")[0] for n, u in adapter.replacements.items() if u.origin != "bias"}
-    )
+    saved = {n.rpartition(".")[0] for n, u in adapter.replacements.items() if u.origin != "bias"}
+    whole = sorted(m for m in saved if not any(m.startswith(f"{s}.") for s in saved))
     return replace(adapter, format="peft", config={**config, "modules_to_save": whole or None})
 
 
@@ -129,11 +162,12 @@ def _live(adapter: Adapter, base: Base) -> Adapter:
         else:
             there = known.by_mlx[rule.mlx[0]]
             same = there.how == rule.how
+            u = replace(u, layout="weight") if rule.router and u.layout == "linear" else u
             done[renamed(module, pattern, there.hf) if same else module] = u
     return replace(adapter, updates=done)
 
 
-def _saved(adapter: Adapter, tuned: Base) -> Adapter:
+def _saved(adapter: Adapter, new: Mapping[str, Tensor]) -> Adapter:
     """Replaced parameters as PEFT saves them: biases with their module, all others by whole modules."""
     done: dict[str, Update] = dict(adapter.low_rank)
     for name, u in adapter.replacements.items():
@@ -141,10 +175,11 @@ def _saved(adapter: Adapter, tuned: Base) -> Adapter:
         if leaf == "bias" and module in adapter.low_rank:
             done[name] = replace(u, origin="bias")
             continue
-        if module in adapter.low_rank:
-            what = "changed beside its weight; PEFT holds only a bias there"
-            raise Refused(tuned.path, what, tensor=name)
-        for other, tensor in tuned.tensors.items():
-            if other.rpartition(".")[0] == module:
+        if not module:
+            what = "changed, and belongs to the model itself: PEFT saves modules only"
+            raise Refused(adapter.path, what, tensor=name)
+        for other, tensor in new.items():
+            if other.startswith(f"{module}."):
                 done[other] = Replacement(tensor, "modules_to_save")
+    check_apart(done, (), adapter.path, "no adapter holds both: keep the tuned model itself")
     return replace(adapter, updates=done)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank, Update
@@ -22,9 +23,11 @@ from loraduct.converters.recipe import Weight, weights_of
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.tensor import Tensor, is_exact
-from loraduct.text import number, several
+from loraduct.text import number, printable, several
 
 _LARGEST = 3.4e38  # about float32's: both libraries multiply by the scale in it
+
+_NOTHING = 1e-6  # of the norm: what float32 leaves of updates that cancel out
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,14 @@ def merge(
     settings: Settings,
     base: Base | None = None,
     to: str = "peft",
+    recipe: Path | None = None,
 ) -> Merged:
     """One adapter that does what the weighted sum of ``adapters`` does to ``base``.
 
     ``to``: the format it is for; it has that side's modules where all adapters have them.
-    ``weights``: one for each adapter: a number, one a layer, or by module (`recipe`). Reads values,
-    but of `cat` without DoRA. Raises Refused naming what can't be had.
+    ``weights``: one for each adapter: a number, one a layer, or by module; ``recipe``: the file they
+    were given in, for messages. Reads values, but of exact sums of LoRA with weights of one sign.
+    Raises Refused naming what can't be had.
     """
     adapters = aligned(adapters, base, own_naming(adapters, to))
     labels = labels_of(adapters)
@@ -125,29 +130,40 @@ def merge(
         merge_peft.check(adapters)
     names = list(dict.fromkeys(n for a in adapters for n in a.updates))
     layers = base.layers if base and base.layers else merge_rest.layers_of(adapters)
-    each = [weights_of(w, names, layers, a.path) for w, a in zip(weights, adapters, strict=True)]
+    found_weights = [
+        weights_of(w, names, layers, recipe or a.path, printable(label))
+        for w, a, label in zip(weights, adapters, labels, strict=True)
+    ]
+    each = [w for w, _ in found_weights]
     parts = _parts(adapters, each, names)
     if not parts:
         raise Refused(adapters[0].path, "every weight is 0: nothing is left to merge")
-    notes = _explained(adapters, each, parts)
+    notes = [*_explained(adapters, each, parts), *(n for _, told in found_weights for n in told)]
     dora = any(u.magnitude is not None for p in parts.values() for u, _ in p)
     if dora and METHODS[settings.method].on == "sum":
         merge_dora.check(adapters, parts, base)
     job = _Job(settings, base, _common_scale(parts), merge_peft.source(settings.seed))
     biased = any(u.bias is not None for p in parts.values() for u, _ in p)
     updates: dict[str, Update] = {}
-    modules = []
+    modules, gone = [], []
     for name, found in parts.items():
         if dora and METHODS[settings.method].on == "sum":
             update, residual = merge_dora.merged(name, found, settings, base)
         else:
             update, residual = _merged(name, found, job, len(adapters))
+        if update.magnitude is None and _is_gone(update, found, lazy=_is_lazy(settings)):
+            gone.append(name)
         updates[name] = _with_bias(name, update, found) if biased else update
         before = sum(u.rank for u, _ in found)
         modules.append(Module(name, len(found), before, update.rank, residual))
     updates |= merge_rest.replacements(adapters, each, settings.replacements)
     if (n := _short(modules, settings.rank)) is not None:
         notes.append(n)
+    if gone:
+        notes.append(
+            f"nothing is left of {len(gone)} of {len(modules)} modules, whose updates cancel out or are"
+            f" pruned away: {several(gone)}"
+        )
     adapter = merge_rest.result(adapters, each, labels, updates, settings, base)
     return Merged(adapter, tuple(modules), (*notes, *job.notes), tuple(labels))
 
@@ -186,9 +202,29 @@ def _merged(name: str, parts: list[Part], job: _Job, count: int) -> tuple[LowRan
     if method.on == "entries":
         pair, residual = merge_dense.merged(name, parts, settings, job.base)
         return made(name, parts, *pair), residual
-    if settings.rank is None and settings.energy is None:
+    if _is_lazy(settings):
         return concatenated(parts, job.scale), 0.0
     return truncated(name, parts, settings.rank, settings.energy)
+
+
+def _is_lazy(settings: Settings) -> bool:
+    """Whether sums of LoRA are made without a look at the values."""
+    whole = settings.rank is None and settings.energy is None
+    return whole and METHODS[settings.method].on == "sum"
+
+
+def _is_gone(update: LowRank, parts: Sequence[Part], *, lazy: bool) -> bool:
+    """Whether parts that are something add up to nothing; ``lazy``: not looked at where they can't."""
+    if lazy and len({u.scale * w > 0 for u, w in parts}) < 2:
+        return False
+    before = sum(abs(w) * _norm(u) for u, w in parts)
+    return before > 0 and _norm(update) <= _NOTHING * before
+
+
+def _norm(u: LowRank) -> float:
+    """Frobenius norm of dW, to a hundred millionth of that of its factors."""
+    pair = lowrank.factors(u)
+    return float(max(lowrank.inner(pair, pair), 0.0) ** 0.5)
 
 
 def concatenated(parts: Sequence[Part], scale: float) -> LowRank:

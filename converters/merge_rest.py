@@ -12,6 +12,7 @@ from loraduct.adapter import Adapter, BaseRef, Note, Replacement, Update
 from loraduct.computed import given
 from loraduct.errors import Refused
 from loraduct.files import file_chunks
+from loraduct.formats import peft_config
 from loraduct.formats.base import Base
 from loraduct.tensor import same
 from loraduct.text import number, printable, several
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 KEY = "loraduct_merge"  # in a file's metadata: how it was made
 # Fields of PEFT's config that say something of the base or of the task, not of the factors.
 _KEPT = ("task_type", "auto_mapping", "fan_in_fan_out", "layers_pattern")
+_EITHER = "leave one of the two out (loraduct convert --exclude)"
 _LEAST = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": None}
 
 
@@ -61,6 +63,32 @@ def replacements(
     return done
 
 
+def check_apart(
+    updates: Mapping[str, Update], saved: Sequence[str], file: Path, advice: str = _EITHER
+) -> None:
+    """Raise Refused for a module that is adapted and also replaced, itself or one around it.
+
+    PEFT saves whole modules, gives nothing within them an adapter, and drops its factors without a
+    word. Replaced biases of adapted modules are no such thing. ``saved``: the config's modules_to_save.
+    """
+    held = {n.rpartition(".")[0]: n for n, u in updates.items() if _is_whole(u)}
+    for module in (m for m, u in updates.items() if not isinstance(u, Replacement)):
+        parts = module.split(".")
+        around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        by = next((held[p] for p in around if p in held), None)
+        by = by or next((s for s in saved if f".{s}." in f".{module}."), None)
+        if by is not None:
+            what = (
+                f"is adapted, and replaced with its whole module ({printable(by)}): PEFT would drop the"
+                f" factors without a word; {advice}"
+            )
+            raise Refused(file, what, tensor=module)
+
+
+def _is_whole(update: Update) -> bool:
+    return isinstance(update, Replacement) and update.origin != "bias"
+
+
 def _average(name: str, held: Sequence[tuple[Adapter, Replacement, float]]) -> Replacement:
     import numpy as np
 
@@ -91,17 +119,23 @@ def result(
     settings: Settings,
     base: Base | None,
 ) -> Adapter:
-    """The merged adapter: a config from which the writer makes its own, and how it was made."""
+    """The merged adapter: a config from which the writer makes its own, and how it was made.
+
+    Raises Refused as `check_apart` does.
+    """
     first = adapters[0]
     peft = [a for a in adapters if a.format == "peft"]
     config = {**_LEAST, **{k: peft[0].config[k] for k in _KEPT if peft and k in peft[0].config}}
-    saved = [m for a in peft for m in a.config.get("modules_to_save") or []]
+    whole = [n.rpartition(".")[0] for n, u in updates.items() if _is_whole(u)]
+    named = dict.fromkeys(m for a in peft for m in a.config.get("modules_to_save") or [])
+    saved = [s for s in named if any(peft_config.saves([s], m) for m in whole)]
+    check_apart(updates, saved, first.weights)
     biases = [str(a.config.get("bias") or "none") for a in peft]
     config |= {
         "target_modules": [],  # selects nothing: the writer finds out what does
         "base_model_name_or_path": first.base.name,
         "revision": first.base.revision,
-        "modules_to_save": list(dict.fromkeys(saved)) or None,
+        "modules_to_save": saved or None,
         "bias": "all" if "all" in biases else max(biases, default="none", key=len),
     }
     dora = any(u.magnitude is not None for u in updates.values() if hasattr(u, "magnitude"))

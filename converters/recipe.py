@@ -21,7 +21,7 @@ by straight lines.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +59,13 @@ class Recipe:
 
 
 def weights_of(
-    weight: Weight, modules: Sequence[str], layers: int | None, file: Path
-) -> dict[str, float]:
-    """The weight of every module. Raises Refused for modules that none is given for."""
+    weight: Weight, modules: Sequence[str], layers: int | None, file: Path, whose: str
+) -> tuple[dict[str, float], list[str]]:
+    """The weight of every module, and a note on each filter that has no effect.
+
+    ``file``: where ``weight`` was given, and ``whose`` it is, for messages. Raises Refused for
+    modules that none is given for.
+    """
     if isinstance(weight, tuple) and weight and isinstance(weight[0], tuple):
         rules: tuple[tuple[str, Values], ...] = weight
     else:
@@ -76,10 +80,16 @@ def weights_of(
     done = {}
     for module, hit in zip(modules, hits, strict=True):
         if hit < 0:
-            what = "no weight is given for it: end the list with one that has no filter"
+            what = f"no weight of {whose} is given for it: end its list with one that has no filter"
             raise Refused(file, what, tensor=module)
         done[module] = _at(rules[hit][1], module, layers, file)
-    return done
+    idle = [regex for i, (regex, _) in enumerate(rules) if regex and i not in set(hits)]
+    notes = [
+        f"{file.name}: the filter {printable(repr(regex), 80)} of {whose} matches no module that no"
+        " filter before it takes: it has no effect"
+        for regex in idle
+    ]
+    return done, notes
 
 
 def _at(values: Values, module: str, layers: int | None, file: Path) -> float:
@@ -150,6 +160,7 @@ def _weight(value: Any, file: Path, where: str) -> Weight:
             regex = rule.get("filter") or ""
             if not isinstance(regex, str):
                 raise Refused(file, f"{at}.filter is {_shown(regex)}, expected a regex")
+            first_matches([regex], [""], full=True, file=file, what=f"{at}.filter")  # is it one?
             rules.append((regex, _values(rule["value"], file, f"{at}.value")))
         return tuple(rules)
     return _values(value, file, where)
@@ -164,7 +175,8 @@ def _values(value: Any, file: Path, where: str) -> Values:
 
 
 def _number(value: Any, file: Path, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if not sound or not abs(value) <= sys.float_info.max:
         raise Refused(file, f"{where} is {_shown(value)}, expected a finite number")
     return float(value)
 

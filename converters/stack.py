@@ -18,14 +18,14 @@ from dataclasses import replace
 from typing import Any
 
 from loraduct import origin
-from loraduct.adapter import Adapter, BaseRef, LowRank, Replacement, Update
+from loraduct.adapter import Adapter, BaseRef, LowRank, Note, Replacement, Update
 from loraduct.converters import merge_rest, names
 from loraduct.converters.merge import Merged, Module, Settings, concatenated
 from loraduct.converters.merge_names import aligned, labels_of, own_naming
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.tensor import FLOATS, Tensor, as_float32, from_float, same
-from loraduct.text import printable
+from loraduct.text import number, printable, several
 
 KEY = "loraduct_stack"
 _ROOM = 12 << 20  # bytes of the record: a safetensors header may have 16 MB
@@ -86,7 +86,19 @@ def stack(adapters: Sequence[Adapter], base: Base | None = None, to: str = "peft
             adapters[0].path, f"{what}: give the adapters one scale, or store them in 16 bits"
         )
     texts = {k: v for k, v in adapter.metadata.items() if k != merge_rest.KEY}
-    return Merged(replace(adapter, metadata=texts | {KEY: text}), tuple(modules), (), tuple(labels))
+    notes = tuple(
+        f"{printable(label)}: {_without(len(a.set_aside))}: {several([t.name for t in a.set_aside])}"
+        for label, a in zip(labels, adapters, strict=True)
+        if a.set_aside
+    )
+    done = replace(adapter, metadata=texts | {KEY: text})
+    return Merged(done, tuple(modules), notes, tuple(labels))
+
+
+def _without(copies: int) -> str:
+    return (
+        f"comes back without {number(copies)} copies of weights, which had no effect of their own"
+    )
 
 
 def _check(adapter: Adapter) -> None:
@@ -131,6 +143,7 @@ def _record(label: str, old: Adapter, new: Adapter, fixes: Mapping[str, str]) ->
         "replacements": list(new.replacements),
         "fixes": dict(fixes),
         "layers": old.layers,
+        "copies": len(old.set_aside),
         "digest": digest(new),
     }
 
@@ -182,7 +195,10 @@ def _fix(whole: LowRank, u: LowRank, start: int) -> str | None:
 
 
 def unstack(stacked: Adapter) -> dict[str, Adapter]:
-    """Label -> the adapter as it was: tensors and config. Raises Refused where that can't be had."""
+    """Label -> the adapter as it was: tensors and config; a note says which copies it came without.
+
+    Raises Refused where that can't be had.
+    """
     text = stacked.metadata.get(KEY)
     if text is None:
         raise Refused(stacked.path, "is no stack: its weights hold no record of loraduct stack")
@@ -217,6 +233,7 @@ def _one(
     for name in told.get("replacements", []):
         if name in stacked.replacements:
             updates[name] = stacked.replacements[name]
+    copies = told.get("copies") if type(told.get("copies")) is int else 0
     found = replace(
         stacked,
         format=told["format"] if told["format"] in ("peft", "mlx") else "peft",
@@ -226,7 +243,7 @@ def _one(
         metadata={k: v for k, v in told.get("texts", {}).items() if isinstance(v, str)},
         origin=None,
         companions=(),
-        notes=(),
+        notes=(Note("copies", _without(copies)),) if copies else (),
         layers=told.get("layers") if isinstance(told.get("layers"), int) else stacked.layers,
         base=BaseRef(told["config"].get("base_model_name_or_path") or told["config"].get("model")),
     )

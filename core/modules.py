@@ -87,6 +87,14 @@ def kind_of_module(module: str) -> str:
     return "other"
 
 
+def is_lookup(module: str) -> bool:
+    """Whether rows of its weight are looked up: the factors' axes are swapped there (`LowRank`).
+
+    The embedding of tokens, and GPT-2's of positions, which no head is tied to.
+    """
+    return kind_of_module(module) == "embedding" or module.rpartition(".")[2] == "wpe"
+
+
 def pattern_of(module: str) -> str:
     """The path with every index replaced by ``{}``."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", module)

@@ -22,7 +22,7 @@ from loraduct.formats.json_file import read_object
 from loraduct.formats.options import ReadOptions
 from loraduct.formats.peft_config import MAX_RANK
 from loraduct.formats.safetensors_file import check_floats, read_header
-from loraduct.modules import block_of, kind_of_module
+from loraduct.modules import block_of, is_lookup, kind_of_module
 from loraduct.tensor import Tensor
 from loraduct.text import number, printable, ranges, several
 
@@ -247,7 +247,7 @@ def _update(
     if magnitude is not None and not dora:
         what = "is a DoRA magnitude, but fine_tune_type is not dora; mlx-lm refuses it too"
         raise Refused(weights, what, tensor=magnitude.name)
-    embedding = kind_of_module(module) == "embedding"
+    embedding = is_lookup(module)
     if magnitude is not None and embedding:
         raise Refused(
             weights,

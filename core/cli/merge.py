@@ -135,7 +135,7 @@ def command(
 
     adapters, model = read_all(sources, options, base, output, force)
     target = format_of(adapters[0], to)
-    merged = merging.merge(adapters, each, settings, model, target)
+    merged = merging.merge(adapters, each, settings, model, target, recipe)
     from loraduct.converters.convert import Options, convert
 
     plan = convert(

@@ -53,6 +53,7 @@ def command(
     target = format_of(adapters[0], to)
     stacked = stack(adapters, model, target)
     plan = convert(stacked.adapter, Options(to=target, base=model))
+    plan.account.notes += stacked.notes
     folder.write(plan, None if dry_run else output)
     if as_json:
         print_json(

@@ -49,6 +49,7 @@ def command(source: Path, output: Path, only: str | None, as_json: bool) -> None
     for name, adapter in found.items():
         where = output if only else output / folder_name(name)
         modules = f"{adapter.format}, {len(adapter.updates)} modules, bit for bit"
+        modules += "".join(f"; it {n.text}" for n in adapter.notes)
         click.echo(f"{printable(name)} -> {printable(str(where))}: {modules}")
 
 

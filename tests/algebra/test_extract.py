@@ -205,3 +205,158 @@ def test_target_exists(cli, bases, tmp_path):
     done = cli("extract", base, base, "-o", tmp_path / "out")
     assert done.exit_code == 1
     assert "exists; use --force" in done.stderr
+
+
+def tuned_by(base, out, change):
+    """What ``change`` makes of the model, saved by transformers."""
+    torch.manual_seed(5)
+    model = fusing.loaded(base)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(out)
+    return out
+
+
+def move(p):
+    """Add a product of rank 2."""
+    p.add_(0.05 * torch.randn(p.shape[0], 2) @ torch.randn(2, p.shape[1]))
+
+
+def _wpe(model):
+    move(model.transformer.wpe.weight)
+    move(model.transformer.h[0].attn.c_attn.weight)
+
+
+def _opt(model):
+    move(model.model.decoder.embed_positions.weight)
+    move(model.model.decoder.layers[0].fc1.weight)
+
+
+def _a_log(model):
+    move(model.backbone.layers[0].mixer.A_log)
+    move(model.backbone.layers[1].mixer.in_proj.weight)
+
+
+def _expert_biases(model):
+    for name, p in model.named_parameters():
+        if "experts" in name and "bias" in name:
+            p.add_(0.1)
+        elif name.endswith(("q_proj.weight", "router.weight")):
+            move(p)
+
+
+def _head(model):
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    move(model.lm_head.weight)
+    move(model.model.layers[0].self_attn.q_proj.weight)
+
+
+def _both_ends(model):
+    _head(model)
+    move(model.model.embed_tokens.weight)
+
+
+def _whole_head(model):
+    _head(model)
+    model.lm_head.weight.add_(0.1 * torch.randn_like(model.lm_head.weight))
+
+
+# base, fields, what changes, low-rank modules, parameters that are replaced
+ODD = {
+    "square positions": ("gpt2", {}, _wpe, {"transformer.wpe", "transformer.h.0.attn.c_attn"}, set()),
+    "positions": ("gpt2", {"n_positions": 32}, _wpe,
+                  {"transformer.wpe", "transformer.h.0.attn.c_attn"}, set()),
+    "OPT's positions": ("opt", {}, _opt, {"model.decoder.layers.0.fc1"},
+                        {"model.decoder.embed_positions.weight"}),
+    "A_log": ("mamba", {}, _a_log, {"backbone.layers.1.mixer.in_proj"}, {"backbone.layers.0.mixer.A_log"}),
+    "biases of experts": ("gpt_oss", {}, _expert_biases, None, None),
+    "tuned unties": ("qwen2", {}, _head, {"lm_head", "model.layers.0.self_attn.q_proj"}, set()),
+    "tuned unties, both move": ("qwen2", {}, _both_ends, {
+        "lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj"}, set()),
+    "tuned unties, whole head": ("qwen2", {}, _whole_head, {"model.layers.0.self_attn.q_proj"},
+                                 {"lm_head.weight"}),
+}  # fmt: skip
+MORE = {
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "tie_word_embeddings": True},
+    "mamba": {"state_size": 16, "tie_word_embeddings": True},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16},
+}
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    def get(name, out, **fields):
+        monkeypatch.setitem(
+            fusing.BASES, name, {**fusing.BASES.get(name, MORE.get(name)), **fields}
+        )
+        return fusing.saved(name, out)
+
+    return get
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_no_linear_layer(cli, odd, tmp_path, case):
+    """Stock PEFT computes what the tuned model does, and so does the base with it fused in."""
+    name, fields, change, low, replaced = ODD[case]
+    base = odd(name, tmp_path / "base", **fields)
+    tuned = tuned_by(base, tmp_path / "tuned", change)
+    said = extracted(cli, tuned, base, tmp_path / "out")
+    if low is not None:
+        assert set(said["modules"]) == low
+        assert set(said["replaced"]) == replaced
+    wanted = fusing.logits(fusing.loaded(tuned))
+    effect = np.abs(fusing.logits(fusing.loaded(base)) - wanted).max()
+    assert effect > 1e-3
+    assert np.abs(fusing.unfused(base, (tmp_path / "out", 1.0)) - wanted).max() < 1e-3 * effect
+    done = cli("fuse", tmp_path / "out", "--base", base, "-o", tmp_path / "fused")
+    assert done.exit_code == 0, done.output
+    assert np.abs(fusing.logits(fusing.loaded(tmp_path / "fused")) - wanted).max() < 1e-3 * effect
+
+
+def test_tuned_ties_what_the_base_does_not(cli, bases, tmp_path):
+    base = bases("llama")
+
+    def tie(model):
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+        move(model.model.layers[0].self_attn.q_proj.weight)
+
+    tuned = tuned_by(base, tmp_path / "tuned", tie)
+    said = extracted(cli, tuned, base, tmp_path / "out")
+    assert said["replaced"] == ["lm_head.weight"]
+    wanted = fusing.logits(fusing.loaded(tuned))
+    found = fusing.unfused(base, (tmp_path / "out", 1.0))
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_parameters_around_an_adapted_layer_are_refused(cli, odd, tmp_path):
+    base = odd("mamba", tmp_path / "base")
+
+    def change(model):
+        model.backbone.layers[0].mixer.D.add_(0.1)
+        move(model.backbone.layers[0].mixer.in_proj.weight)
+
+    tuned = tuned_by(base, tmp_path / "tuned", change)
+    done = cli("extract", tuned, base, "-o", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert "mixer.in_proj: is adapted, and replaced with its whole module" in done.stderr
+    assert "mixer.D)" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_fine_tune_is_told_the_way_out(cli, bases, tmp_path):
+    base = bases("llama")
+    everything = tuned_by(
+        base, tmp_path / "all",
+        lambda m: [p.add_(0.05 * torch.randn_like(p)) for p in m.parameters()],
+    )  # fmt: skip
+    done = cli("extract", everything, base, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "--rank N --allow-approximate" in done.stderr
+    extracted(cli, everything, base, tmp_path / "out", "--rank", 4, "--allow-approximate")
+    norms = tuned_by(base, tmp_path / "norms", lambda m: m.model.norm.weight.mul_(1.2))
+    done = cli("extract", norms, base, "-o", tmp_path / "no")
+    assert done.exit_code == 1
+    assert "of which no LoRA can be made" in done.stderr

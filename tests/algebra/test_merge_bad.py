@@ -141,3 +141,75 @@ def test_nan_in_an_adapter_writes_nothing(cli: Any, peft_folder: Folders, tmp_pa
         assert done.exit_code == 1, args
         assert "NaN" in done.stderr, args
         assert not (tmp_path / "out").exists()
+
+
+NESTED = {
+    "in a saved parent": ({"target_modules": ["up_proj"]}, "mlp", "layers.0.mlp.up_proj"),
+    "the module itself": ({"target_modules": ["lm_head"]}, "lm_head", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+@pytest.mark.parametrize("verb", ["merge", "stack"])
+def test_adapted_and_replaced_as_a_whole(cli: Any, tmp_path: Path, verb: str, case: str) -> None:
+    """PEFT loads such a config without a word, and gives the module no adapter."""
+    pytest.importorskip("peft")
+    import fusing
+
+    config, saved, module = NESTED[case]
+    base = fusing.saved("llama", tmp_path / "base")
+    one = fusing.trained(base, tmp_path / "one", **config)
+    whole = {"target_modules": ["q_proj"], "modules_to_save": [saved]}
+    two = fusing.trained(base, tmp_path / "two", **whole)
+    for order in ((one, two), (two, one)):
+        done = cli(verb, *order, "-o", tmp_path / "out")
+        assert done.exit_code == 1, done.output
+        assert f"{module}: is adapted, and replaced with its whole module" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+    apart = fusing.trained(base, tmp_path / "apart", target_modules=["v_proj"])
+    done = cli(verb, apart, two, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    wanted = fusing.unfused(base, (apart, 1.0), (two, 1.0))
+    found = fusing.unfused(base, (tmp_path / "out", 1.0))
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_what_weight_0_leaves_out_is_not_saved(cli: Any, tmp_path: Path) -> None:
+    """Its name in modules_to_save would keep PEFT from adapting what the other adapter does."""
+    pytest.importorskip("peft")
+    import fusing
+
+    base = fusing.saved("llama", tmp_path / "base")
+    one = fusing.trained(base, tmp_path / "one", target_modules=["up_proj"])
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}
+    two = fusing.trained(base, tmp_path / "two", **whole)
+    done = cli("merge", one, two, "--weights", "1,0", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    wanted = fusing.unfused(base, (one, 1.0))
+    found = fusing.unfused(base, (tmp_path / "out", 1.0))
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "gone"),
+    [
+        ("1,-1", [], "all"),
+        ("1,-1", ["--method", "svd", "--rank", "2"], "all"),
+        ("1,-1", ["--method", "cat", "--dtype", "f16"], "all"),
+        ("1,-0.9", [], "none"),
+        ("1,1", ["--method", "magnitude", "--density", "1e-12", "--rank", "2"], "all"),
+        ("1,1", ["--method", "magnitude", "--density", "0.5", "--rank", "2"], "none"),
+    ],
+)
+def test_merged_to_nothing_is_said(
+    cli: Any, peft_folder: Folders, tmp_path: Path, weights: str, words: list[str], gone: str
+) -> None:
+    one = peft_folder("one")
+    done = cli("merge", one, one, "--weights", weights, *words, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    sizes = [np.linalg.norm(d) for d in dense(tmp_path / "out").values()]
+    whole = [np.linalg.norm(d) for d in dense(one).values()]
+    assert (max(sizes) < 1e-5 * min(whole)) == (gone == "all")
+    count = len(sizes)
+    assert (f"nothing is left of {count} of {count} modules" in done.stdout) == (gone == "all")

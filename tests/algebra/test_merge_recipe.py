@@ -74,6 +74,7 @@ def test_json_is_yaml(tmp_path: Path) -> None:
         ("models: [{model: a}]\nslices: 1", "slices"),
         ("models: [{model: a, parameters: {weight: .nan}}]", "finite"),
         ("models: [{model: a, parameters: {weight: yes}}]", "finite"),
+        (f"models: [{{model: a, parameters: {{weight: 1{'0' * 400}}}}}]", "finite"),
         ("models: [{model: a, parameters: {weight: []}}]", "empty"),
         ("models: [{model: a, parameters: {weight: [{filter: q}]}}]", "value"),
         ("models: [{model: a, parameters: {wait: 1}}]", "wait"),
@@ -96,14 +97,43 @@ def test_bad_recipes(tmp_path: Path, text: str, says: str) -> None:
 
 def test_modules_without_a_weight_and_slow_patterns_are_refused(tmp_path: Path) -> None:
     modules = ["model.layers.0.q_proj", "lm_head"]
-    with pytest.raises(Refused, match="lm_head: no weight"):
-        recipe.weights_of((("q_proj", 1.0),), modules, 2, tmp_path)
+    with pytest.raises(Refused, match="lm_head: no weight of one is given"):
+        recipe.weights_of((("q_proj", 1.0),), modules, 2, tmp_path, "one")
     with pytest.raises(Refused, match="lm_head: is in no layer"):
-        recipe.weights_of((0.1, 0.9), modules, 2, tmp_path)
+        recipe.weights_of((0.1, 0.9), modules, 2, tmp_path, "one")
     with pytest.raises(Refused, match="invalid pattern"):
-        recipe.weights_of((("(", 1.0),), modules, 2, tmp_path)
+        recipe.weights_of((("(", 1.0),), modules, 2, tmp_path, "one")
     with pytest.raises(Refused, match="took over"):
-        recipe.weights_of((("(a+)+$", 1.0),), ["a" * 60 + "b"], 2, tmp_path)
+        recipe.weights_of((("(a+)+$", 1.0),), ["a" * 60 + "b"], 2, tmp_path, "one")
+
+
+def test_errors_and_idle_filters_name_the_recipe(
+    cli: Any, peft_folder: Folders, tmp_path: Path
+) -> None:
+    peft_folder("one")
+    file = tmp_path / "r.yaml"
+
+    def merged(weight: str) -> Any:
+        file.write_text(f"models: [{{model: one, parameters: {{weight: {weight}}}}}]")
+        return cli("merge", "--recipe", file, "-o", tmp_path / "out", "--force")
+
+    done = merged("[{filter: 'q_(', value: 1}, {value: 2}]")
+    assert done.exit_code == 1
+    where = f"{file}: models[0].parameters.weight[0].filter holds an invalid pattern"
+    assert where in done.stderr
+    with pytest.raises(re.error) as plain:
+        re.compile("q_(")
+    assert str(plain.value) in done.stderr  # the position is that in the recipe
+    done = merged("[{filter: q_proj, value: 1}]")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: {file}: model.layers.0.")
+    assert "no weight of one is given for it" in done.stderr
+    done = merged("[{filter: q_pruj, value: 0.5}, {filter: q_proj, value: 1}, {value: 2}]")
+    assert done.exit_code == 0, done.output
+    assert "r.yaml: the filter 'q_pruj' of one matches no module" in done.stdout
+    assert "'q_proj'" not in done.stdout
+    done = merged("[{filter: proj, value: 1}, {filter: q_proj, value: 0.5}, {value: 2}]")
+    assert "the filter 'q_proj' of one matches no module that no filter before it" in done.stdout
 
 
 def test_unknown_method_in_a_recipe(cli: Any, peft_folder: Folders, tmp_path: Path) -> None:

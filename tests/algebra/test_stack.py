@@ -282,3 +282,27 @@ def test_experts_of_mlx_merged_and_resized(
         assert u.rank == 2
         tail = (np.linalg.svd(first, compute_uv=False)[..., 2:] ** 2).sum() ** 0.5
         assert np.linalg.norm(held - first) == pytest.approx(tail, rel=1e-6)
+
+
+def test_copies_that_do_not_come_back_are_named(cli: Any, tmp_path: Path) -> None:
+    """PEFT saves the base's own weight beside the adapter of an embedding."""
+    pytest.importorskip("peft")
+    import fusing
+
+    base = fusing.saved("llama", tmp_path / "base")
+    one = fusing.trained(base, tmp_path / "one", target_modules=["embed_tokens", "q_proj"])
+    two = fusing.trained(base, tmp_path / "two", target_modules=["q_proj"])
+    left = {k for k in stored(one) if "base_layer" in k}
+    assert left
+    done = cli("stack", one, two, "-o", tmp_path / "stack")
+    assert done.exit_code == 0, done.output
+    says = f"comes back without {len(left)} copies of weights"
+    assert f"note: one: {says}" in done.stdout
+    assert all(k in done.stdout for k in left)
+    done = cli("unstack", tmp_path / "stack", "-o", tmp_path / "back")
+    lines = done.stdout.splitlines()
+    assert says in lines[0]
+    assert lines[1].endswith("bit for bit")
+    wanted = {k: v for k, v in stored(one).items() if k not in left}
+    assert stored(tmp_path / "back" / "one") == wanted
+    assert stored(tmp_path / "back" / "two") == stored(two)

@@ -358,3 +358,32 @@ def test_shards_and_their_index(
     outcome = attempt(source, "mlx")
     assert outcome.code == 1
     assert names[0] in outcome.err
+
+
+def test_positions_of_gpt2_in_a_square_table(
+    convert: Convert, cli: Callable[..., Any], zoo: ModuleType, peers: ModuleType, tmp_path: Path
+) -> None:
+    """A table as long as it is wide fits both ways round; MLX's factors must not come in turned."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    small = transformers.GPT2Config(
+        vocab_size=zoo.VOCABULARY, n_embd=64, n_positions=64, n_layer=2, n_head=4
+    )
+    transformers.GPT2LMHeadModel(small).save_pretrained(base)
+    plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["wpe"])
+    model = get_peft_model(peers.hf_base(base), config)
+    for name, value in model.named_parameters():
+        if "lora_embedding" in name:
+            value.data = 0.2 * torch.randn_like(value)
+    expected = peers.torch_logits(model, zoo.TOKENS)
+    model.save_pretrained(tmp_path / "peft")
+    there = convert(tmp_path / "peft", "mlx", "--base", base)
+    fused = cli("fuse", there, "--base", base, "-o", tmp_path / "fused")
+    assert fused.exit_code == 0, fused.output
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    peers.assert_same_logits(peers.torch_logits(found, zoo.TOKENS), expected, plain)
