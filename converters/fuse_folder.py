@@ -95,7 +95,7 @@ def plan(base: Base, adapters: Sequence[tuple[Adapter, float]], options: Options
         kinship(a, base, _kin_of(base, held), options.allow_kin, partial(fingerprint, base))
         for a, _ in adapters
     ]
-    notes += idle(adapters)
+    notes += [*idle(adapters), *model_folder.left(base)]
     given = [(neutral(a, base), weight) for a, weight in adapters]
     given, head, config, added = _heads(base, given)
     if head is not None:
@@ -172,7 +172,12 @@ def _heads(
 def _untie(
     base: Base, adapters: Sequence[tuple[Adapter, float]]
 ) -> tuple[list[tuple[Adapter, float]], str, dict[str, Any], dict[str, Tensor]]:
-    if base.quantization is not None or untied.has_form(base):
+    if base.quantization is not None and not untied.has_form(base):
+        kind = printable(base.model_type, 60)
+        what = f"is a packed {kind} model, whose head is the embedding in mlx-lm, always; the adapter parts"
+        way = "the two: fuse it into the unpacked base (transformers' folder)"
+        raise Refused(base.path / "config.json", f"{what} {way}")
+    if untied.has_form(base):
         stored = replace(base)
         stored.__dict__["tensors"] = {
             n: t for n, t in base.tensors.items() if n != base.stored_head

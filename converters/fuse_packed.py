@@ -27,7 +27,7 @@ from loraduct.converters.fuse_stream import ROWS, blocks, rounded
 from loraduct.converters.mlx_quantize import BITS, GROUPS, quantize
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
-from loraduct.formats.model_folder import Stored
+from loraduct.formats.model_folder import Stored, copied
 from loraduct.packing import packed as pack
 from loraduct.packing import unpacked as unpack
 from loraduct.tensor import Tensor, as_float32
@@ -129,7 +129,7 @@ def hurt(more: Mapping[str, int], places: Placed, room: int) -> set[str]:
     gains = [
         (size_of(places.updates[n]) / cost, cost, n)
         for n, cost in more.items()
-        if n in places.updates and cost > 0
+        if n in places.updates and cost > 0 and not _idle(places.updates[n])
     ]
     done = set()
     for _, cost, name in sorted(gains, key=lambda g: (-g[0], g[2])):
@@ -152,20 +152,32 @@ def size_of(updates: Sequence[Update]) -> float:
     return total
 
 
+def _idle(updates: Sequence[Update]) -> bool:
+    """Whether all of them are zero: to pack the weight again would only add noise."""
+    factors = ((u.a.read(), u.b.read()) for u, w in updates if u.scale * w)
+    lengths = any(u.magnitude is not None for u, _ in updates)
+    return not lengths and not any(a.any() and b.any() for a, b in factors)
+
+
 def stored(m: Module, places: Placed, remedy: str) -> dict[str, Stored]:
     """The three tensors of a module with the updates in it."""
     dtype, then = m.scales.dtype, m.then
     shape = (*m.shape[:-1], m.shape[-1] * then.bits // 32)
     groups = (*m.shape[:-1], m.shape[-1] // then.group)
 
+    weight = f"{m.name}.weight"
+
     def of(part: int) -> Any:
         def pieces() -> Iterator[Any]:
-            yield from (piece[part] for piece in _packed(m, _Places(places), remedy))
+            if weight not in places.rows and _idle(places.updates.get(weight, [])):
+                yield from copied((m.weight, m.scales, m.biases)[part]).pieces()
+            else:
+                yield from (piece[part] for piece in _packed(m, _Places(places), remedy))
 
         return pieces
 
     return {
-        f"{m.name}.weight": Stored("U32", shape, of(0)),
+        weight: Stored("U32", shape, of(0)),
         f"{m.name}.scales": Stored(dtype, groups, of(1)),
         f"{m.name}.biases": Stored(dtype, groups, of(2)),
     }
@@ -196,6 +208,9 @@ def _packed(m: Module, places: _Places, remedy: str) -> list[tuple[Any, Any, Any
         width = m.scales.shape[-1]
         s, b = (rows_of(t, at, at + len(block), width) for t in (m.scales, m.biases))
         if read is not None:
+            rounded(
+                block, m.scales.dtype, m.name, m.weight
+            )  # steps that stay would hide what is beyond
             done.append(_compensated(s, b, block, read, m))
         elif remedy == "rescale":
             done.append(_rescaled(s, b, block, m))

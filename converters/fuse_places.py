@@ -35,6 +35,12 @@ _PARTED = (
 # what can't be, here and in the pool
 DORA = "is DoRA, which sets lengths of rows: a weight other than 1 is not defined (given {:g})"
 REPLACES = "replaces this weight: weighted by {:g} that is not defined"
+# norms of (1 + weight) in transformers, of which mlx-lm stores the sum (0.32.2, `sanitize`)
+_CENTRED = ("qwen3_next", "qwen3_5")
+_SHIFTED = (
+    "replaces a norm to which this base, written by mlx-lm, has added 1; fuse into transformers' folder"
+    " and convert the result"
+)
 TWICE = "is changed by another adapter too"
 Shapes = Mapping[str, tuple[int, ...]]  # parameter -> shape, unpacked
 Update = tuple[LowRank, float]  # and its weight
@@ -43,7 +49,8 @@ Update = tuple[LowRank, float]  # and its weight
 @dataclass
 class Placed:
     """By the base's own parameters: low-rank updates (dW in the stored orientation), tensors that
-    replace it, tensors times a factor that are added to it (biases), rows that replace its rows."""
+    replace it, tensors times a factor that are added to it, or to what replaces it (biases), rows that
+    replace its rows."""
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
@@ -70,6 +77,7 @@ def placed(
     """
     found = Placed()
     for adapter, weight in adapters:
+        before = found.touched()
         for name, u in adapter.replacements.items():
             wanted = shapes
             if new_biases and name.endswith(".bias") and name not in shapes:
@@ -78,14 +86,16 @@ def placed(
         for name, low in _low_rank(adapter, base, shapes):
             if low.magnitude is not None:
                 check_weight(adapter.weights, name, weight, DORA)
-            if name in found.replaced:
-                what = "is adapted and replaced as a whole by two adapters"
+            if name in found.replaced or name in found.rows:
+                what = TWICE if name in before else "is adapted and replaced as well"
                 raise Refused(adapter.weights, what, tensor=name)
             found.updates.setdefault(name, []).append((low, weight))
             if low.bias is not None:
                 bias = f"{name.removesuffix('weight')}bias"
                 if bias not in shapes and not new_biases:
                     raise Refused(adapter.weights, _NO_BIAS, tensor=name)
+                if bias in found.replaced and bias in before:
+                    raise Refused(adapter.weights, TWICE, tensor=bias)
                 found.added.setdefault(bias, []).append((low.bias, low.scale * weight))
     if not found.touched():
         raise Refused(adapters[0][0].weights, "has no update: there is nothing to fuse")
@@ -112,14 +122,10 @@ def _ways(
     whole = module if low.layout in ("parameter", "experts") else f"{module}.weight"
     for start in (whole, whole.partition(".")[2], f"model.{whole}"):
         yield [(start, low)]
-    pattern = pattern_of(module)
-    rule = known.by_hf.get(pattern) if known else None
-    if known is None or rule is None:
+    if known is None or pattern_of(module) not in known.by_hf:
         return
-    for other in known.by_hf.values():
-        if other.mlx == rule.mlx and other.how == rule.how == "same" and other is not rule:
-            name = renamed(module, pattern, other.hf)
-            yield [(name if low.layout == "experts" else f"{name}.weight", low)]
+    for name in _renamed(module, known):
+        yield [(name if low.layout == "experts" else f"{name}.weight", low)]
     if low.layout == "experts":
         one = replace(adapter, updates={module: low}, origin=None)
         there = names.for_base(one, "mlx", base, base.path)[0].low_rank
@@ -129,6 +135,30 @@ def _ways(
                 for name, u in there.items()
                 for e, part in enumerate(_experts(u))
             ]
+
+
+def _renamed(module: str, known: Architecture) -> Iterator[str]:
+    """Other names of the same module in transformers' files."""
+    pattern = pattern_of(module)
+    rule = known.by_hf.get(pattern)
+    if rule is None or rule.how != "same":
+        return
+    for other in known.by_hf.values():
+        if other.mlx == rule.mlx and other.how == "same" and other is not rule:
+            yield renamed(module, pattern, other.hf)
+
+
+def _found(name: str, base: Base, shapes: Shapes) -> str | None:
+    """The parameter of the base that transformers calls ``name``; None: there is none."""
+    module, _, part = name.rpartition(".")
+    known = table().get(base.architecture)
+    forms = [name, name.partition(".")[2], f"model.{name}"]
+    if known is not None:
+        forms += [f"{other}.{part}" for other in _renamed(module, known)]
+        rule = known.by_hf.get(pattern_of(module))
+        if rule is not None and rule.how == "same":
+            forms.append(f"{renamed(module, rule.hf, rule.mlx[0])}.{part}")
+    return next((n for n in forms if n in shapes), None)
 
 
 def _stacks(known: Architecture, there: Mapping[str, LowRank]) -> Iterator[dict[str, str]]:
@@ -181,8 +211,10 @@ def _oriented(
     """
     kind = base.text_config.get("model_type", base.model_type)
     turned = u.shape[:-2] + u.shape[:-3:-1]
+    module = name.removesuffix(".weight")
+    plain = kind_of_module(module) == "embedding" or module.endswith((*HEADS, "wpe"))
     conv1d = kind in CONV1D and u.layout == "linear" and not name.startswith("model.")
-    if conv1d and not name.removesuffix(".weight").endswith(HEADS) and shape == turned:
+    if conv1d and not plain and shape == turned:
         return replace(u, layout="embedding")
     if u.layout == "experts" and kind in _TURNED and shape == turned and ".experts." in name:
         a, b = (reshaped(t, *t.shape, axes=(0, 2, 1)) for t in (u.b, u.a))
@@ -198,20 +230,28 @@ def _replacement(
 ) -> None:  # fmt: skip
     check_weight(adapter.weights, name, weight, REPLACES)
     if name.endswith(TOKENS):
-        return _token_rows(found, adapter, name, u, shapes)
-    forms = (name, name.partition(".")[2], f"model.{name}")
-    there = next((n for n in forms if n in shapes), None)
-    if there is None and name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in shapes:
+        return _token_rows(found, adapter, name, u, base, shapes)
+    there = _found(name, base, shapes)
+    beside = f"{name.removesuffix('bias')}weight"
+    if there is None and name.endswith(".bias") and _found(beside, base, shapes):
         raise Refused(adapter.weights, _NO_BIAS, tensor=name)
     if there is None:
         what = f"the base {base.path} has no weight of this name: made for another base"
         raise Refused(adapter.weights, what, tensor=name)
-    if there in shapes and shapes[there] != u.weight.shape:
+    if shapes[there] != u.weight.shape:
         what = f"replaces a weight of shape {list(shapes[there])} by {list(u.weight.shape)}"
         raise Refused(adapter.weights, what, tensor=name)
+    norm = there.endswith("norm.weight") and ".linear_attn." not in there
+    if norm and base.model_type.startswith(_CENTRED) and _sanitized(shapes):
+        raise Refused(adapter.weights, _SHIFTED, tensor=name)
     if there in found.touched():
         raise Refused(adapter.weights, TWICE, tensor=name)
     found.replaced[there] = u.weight
+
+
+def _sanitized(shapes: Shapes) -> bool:
+    """Whether mlx-lm wrote a hybrid model: its convolutions end in the one input channel."""
+    return any(n.endswith("conv1d.weight") and s[-1] == 1 for n, s in shapes.items())
 
 
 def is_end(name: str) -> bool:
@@ -227,14 +267,15 @@ def check_parted(adapters: Sequence[tuple[Adapter, float]]) -> None:
                 raise Refused(adapter.weights, _PARTED, tensor=name)
 
 
-def _token_rows(found: Placed, adapter: Adapter, name: str, u: Replacement, shapes: Shapes) -> None:
+def _token_rows(
+    found: Placed, adapter: Adapter, name: str, u: Replacement, base: Base, shapes: Shapes
+) -> None:
     module = name.removesuffix(TOKENS)
-    target = f"{module}.weight"
-    shape = shapes.get(target)
-    if shape is None or kind_of_module(module) not in ("embedding", "output head"):
+    target = _found(f"{module}.weight", base, shapes)
+    if target is None or kind_of_module(module) not in ("embedding", "output head"):
         raise Refused(adapter.weights, "the base has no such embedding", tensor=name)
-    indices = token_rows(adapter, name, u.weight, shape)
-    if target in found.rows:
+    indices = token_rows(adapter, name, u.weight, shapes[target])
+    if target in found.touched():
         raise Refused(adapter.weights, TWICE, tensor=name)
     found.rows[target] = (tuple(indices), u.weight)
 

@@ -21,9 +21,9 @@ ROWS = 1 << 19  # numbers of a weight held at once
 
 def fused_tensor(name: str, base: Tensor, places: Placed, dtype: str) -> Stored:
     """What is written for the parameter ``name``, whose weight in the base is ``base``."""
-    if name in places.replaced:
-        given = places.replaced[name]
-        return Stored(dtype, given.shape, given.to(dtype).chunks)
+    base = places.replaced.get(name, base)
+    if name in places.replaced and name not in places.added:
+        return Stored(dtype, base.shape, base.to(dtype).chunks)
     pieces = _pieces if name in places.updates or name in places.rows else _moved
     return Stored(dtype, base.shape, partial(pieces, name, base, places, dtype))
 
@@ -59,10 +59,9 @@ def rounded(block: Any, dtype: str, name: str, base: Tensor) -> Any:
     """float32 as raw storage of ``dtype``. Raises Refused beyond its range, and for NaN."""
     raw = narrowed(block) if dtype == "F16" else from_float(block, dtype)
     if not is_finite(raw, dtype):
-        what = (
-            f"becomes NaN or does not fit {dtype} with the adapter in it; use --dtype bf16 or f32"
-        )
-        raise Refused(base.path, what, tensor=name)
+        what = f"becomes NaN or does not fit {dtype} with the adapter in it"
+        way = "give the adapter a smaller weight, or fuse into an unpacked folder with --dtype bf16 or f32"
+        raise Refused(base.path, f"{what}; {way}", tensor=name)
     return raw
 
 

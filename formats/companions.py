@@ -1,4 +1,4 @@
-"""Files that travel with an adapter: tokenizer, chat template, model card, licence."""
+"""Files that travel with an adapter or a model: tokenizer, chat template, model card, licence."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NAMES = (
     "generation_config.json",
 )
 _BEGINNINGS = ("LICENSE", "LICENCE", "NOTICE")
+_TOKENIZERS = "tokenizer.model.v", ".tiktoken"  # Mistral's versions; Qwen's, under any name
 # Ours or the training's: known, left behind, and no reason to refuse --force.
 LEFT_BEHIND = (
     "training_args.bin",
@@ -40,15 +41,13 @@ LIMIT = 256 << 20
 
 def is_companion(name: str) -> bool:
     """Whether a file of this name travels along."""
-    return name in NAMES or name.upper().startswith(_BEGINNINGS)
+    start, end = _TOKENIZERS
+    known = name in NAMES or name.upper().startswith(_BEGINNINGS)
+    return known or name.startswith(start) or name.endswith(end)
 
 
 def find(folder: Path) -> tuple[tuple[Path, ...], list[str]]:
-    """Companions of a folder, and the names of those that are not carried, with why.
-
-    A link is followed only within the folder or into the ``blobs`` of a model cache that the
-    folder is a snapshot of; anywhere else it could smuggle a private file into the output.
-    """
+    """Companions of a folder, and the names of those that are not carried, with why."""
     found, odd = [], []
     try:
         entries = sorted(folder.iterdir())
@@ -57,15 +56,25 @@ def find(folder: Path) -> tuple[tuple[Path, ...], list[str]]:
     for path in entries:
         if not is_companion(path.name):
             continue
-        if path.is_symlink() and not _harmless(path, folder):
-            odd.append(f"{path.name} is a link out of the folder and is not carried")
-        elif not path.is_file():
-            odd.append(f"{path.name} is not a regular file and is not carried")
-        elif path.stat().st_size > LIMIT:
-            odd.append(f"{path.name} is too large for a companion and is not carried")
-        else:
+        why = why_not(path, folder)
+        if why is None:
             found.append(path)
+        else:
+            odd.append(f"{path.name} is {why} and is not carried")
     return tuple(found), odd
+
+
+def why_not(path: Path, folder: Path) -> str | None:
+    """What keeps a file at or below ``folder`` from being carried, after "is"; None: nothing does.
+
+    A link is followed only within the folder or into the ``blobs`` of a model cache that the
+    folder is a snapshot of; anywhere else it could smuggle a private file into the output.
+    """
+    if not _harmless(path, folder):
+        return "a link out of the folder"
+    if not path.is_file():
+        return "not a regular file"
+    return "too large for a companion" if path.stat().st_size > LIMIT else None
 
 
 def _harmless(path: Path, folder: Path) -> bool:

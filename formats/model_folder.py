@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.errors import Refused
-from loraduct.files import file_chunks, resolved, write_file
+from loraduct.files import file_chunks, make_folder, read_bytes, resolved, sync, write_file
 from loraduct.formats import companions
 from loraduct.formats.base import Base
-from loraduct.formats.json_file import dump
+from loraduct.formats.json_file import dump, read_object
 from loraduct.formats.safetensors_file import read_header
 from loraduct.formats.untied import CONFIG, INDEX, WEIGHTS
 from loraduct.tensor import BITS, Tensor
@@ -22,6 +23,11 @@ from loraduct.text import several
 
 SHARD = 5_000_000_000  # bytes, as transformers has it
 _STEP = 4 << 20
+_TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders of *.jinja
+_CODE = 4 << 20  # bytes of one file of code, at most
+_IMPORT = re.compile(
+    r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE
+)  # as transformers looks for them
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,76 @@ def check_target(target: Path, sources: Sequence[Path], force: bool) -> None:
         raise Refused(target, "exists; use --force to replace it, or choose another output folder")
     if not target.is_dir():
         raise Refused(target, "is not a folder; --force replaces model folders only")
-    foreign = sorted(p.name for p in target.iterdir() if not _is_model_file(p))
+    code = {p.name for p in _code(target)}
+    foreign = sorted(p.name for p in target.iterdir() if not _is_model_file(p, code))
     if foreign:
         what = f"holds files that are not a model's ({several(foreign)})"
         raise Refused(target, f"{what}; --force replaces model folders only: move them away first")
 
 
-def _is_model_file(path: Path) -> bool:
+def _is_model_file(path: Path, code: set[str]) -> bool:
+    if path.name in _TEMPLATES and path.is_dir() and not path.is_symlink():
+        return all(p.suffix == ".jinja" and not p.is_dir() for p in path.iterdir())
     weights = path.name.startswith("model") and path.suffix == ".safetensors"
-    known = path.name in (CONFIG, INDEX) or companions.is_companion(path.name)
+    known = path.name in (CONFIG, INDEX, *code) or companions.is_companion(path.name)
     return (known or weights) and not path.is_dir()
+
+
+def _code(folder: Path) -> list[Path]:
+    """The files of Python that a model's configs name, and what these import from beside them.
+
+    They are copied, and never run. What is named in another repository, or is not there, is none of them.
+    """
+    names = []
+    for file in (
+        CONFIG,
+        "tokenizer_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+    ):
+        try:
+            config = read_object(folder / file)
+        except Refused:  # whoever needs it reads it, and says what is wrong
+            continue
+        given = config.get("auto_map")
+        for value in given.values() if isinstance(given, dict) else ():
+            names += [
+                str(v).split(".")[0] for v in (value if isinstance(value, list) else [value]) if v
+            ]
+        names.append(str(config.get("model_file")).removesuffix(".py"))  # mlx-lm's word for it
+    found: dict[str, Path] = {}
+    while names:
+        name = names.pop()
+        path = folder / f"{name}.py"
+        fits = re.fullmatch(r"\w+", name) and name not in found and path.exists()
+        if fits and companions.why_not(path, folder) is None and path.stat().st_size <= _CODE:
+            found[name] = path
+            names += _IMPORT.findall(read_bytes(path, _CODE).decode("utf-8", "replace"))
+    return [found[name] for name in sorted(found)]
+
+
+def carried(folder: Path) -> list[Path]:
+    """The files of a model's folder that a changed copy of it needs as they are."""
+    templates = [p for t in _TEMPLATES for p in sorted((folder / t).glob("*.jinja"))]
+    templates = [p for p in templates if companions.why_not(p, folder) is None]
+    return [*companions.find(folder)[0], *templates, *_code(folder)]
+
+
+def left(base: Base) -> list[str]:
+    """Notes on what of the base's folder `write` neither writes anew nor carries."""
+    folder = base.path
+    weights = {t.path for t in base.tensors.values()}
+    known = {p.relative_to(folder).parts[0] for p in carried(folder)} | {CONFIG, INDEX}
+    odd = [w for w in companions.find(folder)[1] if w.partition(" is ")[0] not in known]
+    names = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.name not in known
+        and p not in weights
+        and not p.name.startswith(".")
+        and not companions.is_companion(p.name)
+    )
+    return [f"left behind: {several(names, 8)}", *odd] if names else odd
 
 
 def shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, dict[str, Stored]]:
@@ -103,7 +169,7 @@ def write(
     limit: int,
     stage: Path,
 ) -> dict[str, int]:
-    """Write the model into ``stage``: companions and texts are the base's. Returns bytes by file."""
+    """Write the model into ``stage``: companions, texts and code are the base's. Returns bytes by file."""
     files = shards(tensors, limit)
     first = next(iter(base.tensors.values())).path
     assert first is not None
@@ -115,9 +181,15 @@ def write(
         where = {n: name for name, held in files.items() for n in held}
         write_file(stage / INDEX, [dump({"metadata": total, "weight_map": where})])
     write_file(stage / CONFIG, [dump(dict(config))])
-    for companion in companions.find(base.path)[0]:
-        write_file(stage / companion.name, file_chunks(companion))
-    return {p.name: p.stat().st_size for p in sorted(stage.iterdir())}
+    for source in carried(base.path):
+        target = stage / source.relative_to(base.path)
+        if not target.parent.exists():
+            make_folder(target.parent)
+        write_file(target, file_chunks(source))
+    files_there = [p for p in sorted(stage.rglob("*")) if p.is_file()]
+    for folder in {p.parent for p in files_there}:
+        sync(folder)
+    return {p.relative_to(stage).as_posix(): p.stat().st_size for p in files_there}
 
 
 def serialized(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> Iterator[Any]:

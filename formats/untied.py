@@ -16,8 +16,8 @@ from typing import Any
 
 from loraduct.architectures import Architecture, table
 from loraduct.errors import Refused
-from loraduct.files import Source, file_chunks, resolved, write_file
-from loraduct.formats import companions
+from loraduct.files import Source, file_chunks, make_folder, resolved, write_file
+from loraduct.formats import companions, model_folder
 from loraduct.formats.base import HEADS, Base
 from loraduct.formats.json_file import dump, read_object
 from loraduct.formats.safetensors_file import read_header
@@ -92,7 +92,7 @@ def plan(base: Base) -> Untied:
         for n, t in base.tensors.items()
         if n.startswith(f"{stem}.")
     }
-    found, odd = companions.find(base.path)
+    found, odd = tuple(model_folder.carried(base.path)), companions.find(base.path)[1]
     return Untied(base, head, _config(base, stem, head), added, found, _left(base, found, odd))
 
 
@@ -117,7 +117,8 @@ def _config(base: Base, stem: str, head: str) -> dict[str, Any]:
 
 def _left(base: Base, carried: tuple[Path, ...], odd: list[str]) -> tuple[str, ...]:
     """Notes on files of the base that are not carried."""
-    known = {p.name for p in carried} | {CONFIG, INDEX} | {t.path.name for t in _files(base)}
+    known = {p.relative_to(base.path).parts[0] for p in carried}
+    known |= {CONFIG, INDEX} | {t.path.name for t in _files(base)}
     left = sorted(
         p.name
         for p in base.path.iterdir()
@@ -126,7 +127,7 @@ def _left(base: Base, carried: tuple[Path, ...], odd: list[str]) -> tuple[str, .
         and not companions.is_companion(p.name)
     )
     notes = [f"not carried to the untied base: {', '.join(left)}"] if left else []
-    return (*notes, *odd)
+    return (*notes, *(o for o in odd if o.partition(" is ")[0] not in known))
 
 
 def _files(base: Base) -> list[Any]:
@@ -168,8 +169,12 @@ def write(untied: Untied, stage: Path) -> dict[str, int]:
         write_file(stage / WEIGHTS, _serialized(old, untied.added, metadata))
     write_file(stage / CONFIG, [dump(dict(untied.config))])
     for companion in untied.companions:
-        write_file(stage / companion.name, file_chunks(companion))
-    return {p.name: p.stat().st_size for p in sorted(stage.iterdir())}
+        there = stage / companion.relative_to(base.path)
+        if not there.parent.exists():
+            make_folder(there.parent)
+        write_file(there, file_chunks(companion))
+    files = [p for p in sorted(stage.rglob("*")) if p.is_file()]
+    return {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
 
 
 def _mended(index: dict[str, Any], untied: Untied) -> tuple[dict[str, Any], list[str]]:

@@ -64,6 +64,12 @@ bits; the **side path** is `loraduct package add`. The adapter's functions that 
 out: they were made for the base as it was. Forms that have no such codes (sparse, tables of vectors) are
 refused, and new tables where they run along both axes; `loraduct decompress` is the way out.
 
+Beside its weights a folder gets what the model needs of BASE: tokenizer, chat templates, licence, and the
+code that its configs name (copied, never run). A note names what else lies there and stays behind. What
+mlx-lm can't hold beside a packed base (trained norms, biases and tokens, a tied head alone) is fused all the
+same; then the effect is not measured. Layers whose update is zero stay as they are, and of their survival the
+table says n/a.
+
 Measured on SmolLM2-135M-Instruct with `examples/reply`, rank 4 on all linear layers, and four short texts.
 """
 AFTER = """

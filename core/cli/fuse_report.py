@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from loraduct.converters.fuse_package import Plan as PackagePlan
     from loraduct.formats.base import Base
     from loraduct.validation.effect import Effect
-    from loraduct.validation.survival import Survived
+    from loraduct.validation.survival import Survival, Survived
 
 LEAST = 0.8  # cosine of the effect from which an update counts as kept
 _WORST = 5  # modules that are named
 SIDE = "side path"
 _BESIDE = "loraduct_unfused"
+_NO_ADAPTER = (
+    "mlx-lm can't run this adapter beside the base (`loraduct convert --to mlx` says what of it)"
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,10 @@ def _in_folder(
         return run, bare, runtimes.run(kind, base, adapter, ids, 0).logits
     with tempfile.TemporaryDirectory(prefix="loraduct-") as name:
         target = Path(name) / "adapter"
-        folder.write(convert(adapter, Options(to="mlx", base=base)), target)
+        try:
+            folder.write(convert(adapter, Options(to="mlx", base=base)), target)
+        except Refused:  # its ways out are those of `convert`
+            raise _Unmeasured(_NO_ADAPTER) from None
         return run, bare, runtimes.run(kind, base, read(target), ids, 0).logits
 
 
@@ -192,7 +198,7 @@ def as_json(found: Sequence[Measured], plan: Plan | PackagePlan) -> dict[str, An
     first = found[0]
     return {
         "remedy": first.remedy,
-        "survival": first.survived.as_json(),
+        "survival": _survival(first.survived),
         "effect": first.effect.as_json() if first.effect else None,
         "effect_not_measured": first.why or None,
         "remedies": [_row(m) for m in found],
@@ -201,12 +207,27 @@ def as_json(found: Sequence[Measured], plan: Plan | PackagePlan) -> dict[str, An
     }
 
 
+def _none(m: Survived | Survival) -> bool:
+    """Whether dW is zero: survival counts it as kept, of which there is nothing to say."""
+    return m.size == 0 and m.share == 1
+
+
+def _survival(survived: Survived) -> dict[str, Any]:
+    found = survived.as_json()
+    parts: list[Survived | Survival] = [survived, *survived.modules]
+    for row, part in zip([found, *found["modules"]], parts, strict=True):
+        if _none(part):
+            row |= {"share": None, "cosine": None}
+    return found
+
+
 def _row(m: Measured) -> dict[str, Any]:
+    told = _survival(m.survived)
     return {
         "remedy": m.remedy,
         "bytes": m.nbytes,
-        "share": m.survived.share,
-        "weight_cosine": m.survived.cosine,
+        "share": told["share"],
+        "weight_cosine": told["cosine"],
         "codes_changed": m.survived.codes,
         "effect": m.effect.as_json() if m.effect else None,
     }
@@ -223,8 +244,8 @@ def lines(found: Sequence[Measured], plan: Plan | PackagePlan, before: int) -> l
     more = plan.side
     rows.append([SIDE, size(before + more), f"{more / before:+.1%}", "1", "1", "0.0%", "1", "0"])
     out += table(rows, "    ")
-    worst = sorted(first.modules, key=lambda m: m.share)[:_WORST]
-    for m in worst:
+    worst = sorted((m for m in first.modules if not _none(m)), key=lambda m: m.share)
+    for m in worst[:_WORST]:
         codes = "" if m.codes is None else f", {m.codes:.1%} of its codes changed"
         out.append(
             f"    {printable(m.module)}: share {m.share:.3f}, cosine {m.cosine:.3f}, {m.bits} bits{codes}"
@@ -232,7 +253,11 @@ def lines(found: Sequence[Measured], plan: Plan | PackagePlan, before: int) -> l
     if found[0].why:
         out.append(f"  the effect on logits was not measured: {printable(found[0].why, 300)}")
     best = recommended(found)
-    told = "leave the adapter unfused beside the base" if best == SIDE else f"--remedy {best}"
+    told = f"--remedy {best}"
+    if best == SIDE:
+        told = "leave the adapter unfused beside the base"
+        if found[0].why == _NO_ADAPTER:
+            told = "an unpacked base, or one of more bits: no remedy keeps enough"
     out.append(f"  recommended: {told}" if best != found[0].remedy else "  recommended: as written")
     return out
 
@@ -242,4 +267,5 @@ def _cells(m: Measured, before: int) -> list[str]:
     cosine, kl = (f"{m.effect.cosine:.3f}", f"{m.effect.kl:.4f}") if m.effect else ("-", "-")
     growth = f"{m.nbytes / before - 1:+.1%}"
     weights = [f"{m.survived.share:.3f}", f"{m.survived.cosine:.3f}"]
+    weights = ["n/a", "n/a"] if _none(m.survived) else weights
     return [m.remedy, size(m.nbytes), growth, *weights, codes, cosine, kl]

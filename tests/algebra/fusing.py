@@ -22,8 +22,14 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "gemma2": {"tie_word_embeddings": True, "head_dim": 16},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                   "head_dim": 16, "decoder_sparse_step": 1, "norm_topk_prob": True},
+}  # fmt: skip
+BASES["qwen3_next"] = {
+    **BASES["qwen3_moe"], "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 IDS = torch.tensor([[5, 17, 3, 44, 60, 9, 2, 71]])
 
@@ -57,6 +63,8 @@ def trained(base: Path, folder: Path, seed: int = 1, **config: Any) -> Path:
                 p.mul_(1 + 0.2 * torch.randn_like(p))
             elif "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
                 p.copy_(0.1 * torch.randn_like(p))
+            elif p.requires_grad and name.endswith(".bias"):
+                p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(folder)
     return folder
 

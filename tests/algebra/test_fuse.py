@@ -22,6 +22,8 @@ CASES = {
         "target_modules": ALL, "use_rslora": True, "rank_pattern": {"layers.1.*q_proj": 7}}),
     "low-rank bias": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "trained bias": ("llama", {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "both biases": ("llama", {
+        "target_modules": ["q_proj", "v_proj"], "lora_bias": True, "bias": "lora_only"}),
     "norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "dora on an embedding": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
@@ -32,6 +34,8 @@ CASES = {
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "Conv1D, dora": ("gpt2", {
         "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "other names in files": ("mixtral", {
+        "target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
     "experts": ("qwen3_moe", {
         "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj",
                                                             "mlp.experts.down_proj"]}),
@@ -179,6 +183,44 @@ def test_same_bytes_again_and_force(cli, bases, tmp_path):
     assert "not a model's (mine.txt)" in refused.stderr
 
 
+def test_what_the_model_needs_is_carried_and_the_rest_is_named(cli, bases, tmp_path):
+    """With code that its config names and what this imports, which transformers then loads."""
+    from transformers import AutoConfig
+
+    base = shutil.copytree(bases("llama"), tmp_path / "base")
+    config = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "other/repo--modeling_y.Y"}
+    fusing.edited(base, auto_map=config, model_type="x_llama")
+    imports = "from .helper_x import SIZE\nfrom transformers import LlamaConfig\n"
+    code = imports + "class XConfig(LlamaConfig):\n    model_type = 'x_llama'\n    size = SIZE\n"
+    (base / "configuration_x.py").write_text(code)
+    (base / "helper_x.py").write_text("SIZE = 7\n")
+    (base / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["tok_x.T", null]}}'
+    )
+    templates = base / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    (tmp_path / "secret").write_text("mine")
+    (templates / "out.jinja").symlink_to(tmp_path / "secret")
+    kept = ("tok_x.py", "qwen.tiktoken", "tokenizer.model.v3", "chat_template.jinja", "LICENSE")
+    for name in (*kept, "modeling_y.py", "setup.py", "params.json", ".gitattributes"):
+        (base / name).write_text("")
+    adapter = fusing.trained(bases("llama"), tmp_path / "a", target_modules=["q_proj"])
+    words = ("fuse", adapter, "--base", base, "-o", tmp_path / "out")
+    done = cli(*words)
+    assert done.exit_code == 0, done.stderr
+    assert "note: left behind: modeling_y.py, params.json, setup.py\n" in done.stdout
+    out = tmp_path / "out"
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    code = {"configuration_x.py", "helper_x.py", "tokenizer_config.json"}
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    assert there == {*kept, *code, *weights, "additional_chat_templates/tool.jinja"}
+    assert AutoConfig.from_pretrained(out, trust_remote_code=True).size == 7
+    assert cli(*words, "--force").exit_code == 0
+    (out / "setup.py").write_text("")
+    assert "not a model's (setup.py)" in cli(*words, "--force").stderr
+
+
 def test_dry_run_writes_nothing(cli, bases, tmp_path):
     base = bases("llama")
     adapter = fusing.trained(base, tmp_path / "a", target_modules=["q_proj"])
@@ -196,6 +238,45 @@ def test_a_bias_that_the_base_lacks_is_refused(cli, bases, tmp_path):
     done = cli("fuse", adapter, "--base", base, "-o", tmp_path / "out")
     assert done.exit_code == 1
     assert "trains a bias that the base does not have" in done.stderr
+
+
+def test_positions_are_no_conv1d(cli, bases, tmp_path):
+    """As many of them as there are columns: the update is not turned, whatever the file says it is."""
+    base = bases("gpt2")
+    adapter = fusing.trained(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    a, b = torch.randn(4, 64), torch.randn(64, 4)
+    stem = "base_model.model.transformer.wpe.lora_"
+    save_file(
+        load_file(file) | {f"{stem}A.weight": a, f"{stem}B.weight": b}, file, {"format": "pt"}
+    )
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"target_modules": ["c_attn", "wpe"]}))
+    after = fusing.tensors(fused(cli, base, tmp_path / "out", adapter))["transformer.wpe.weight"]
+    wanted = fusing.tensors(base)["transformer.wpe.weight"] + 1.5 * b @ a
+    assert torch.allclose(after, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"bias": "lora_only"}, {"lora_bias": True}),
+        ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 44]}),
+        ({"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [3, 44]}),
+        ({"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}, {}),
+    ],
+    ids=["bias", "embedding", "adapted embedding", "matrix"],
+)
+def test_what_one_replaces_no_other_changes(cli, bases, tmp_path, one, two, turned):
+    base, q_proj = bases("llama"), {"target_modules": ["q_proj"]}
+    first = fusing.trained(base, tmp_path / "a", 1, **q_proj | one)
+    second = fusing.trained(base, tmp_path / "b", 2, **q_proj | two)
+    given = [second, first] if turned else [first, second]
+    done = cli("fuse", *given, "--base", base, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "is changed by another adapter too" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def _nan(base, adapter):

@@ -59,6 +59,7 @@ def world(tmp_path_factory):
         "norm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
         "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]},
         "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
+        "biases": {"target_modules": ["q_proj"], "bias": "lora_only", "lora_bias": True},
     }.items():
         model, _ = families.saved("qwen2", room / "again")
         stock.trained(model, room / name, 3, **{"r": 4, "lora_alpha": 6, **options})
@@ -116,7 +117,7 @@ def fused(cli, base, adapter, out, *words):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["large", "dora", "head", "norm", "tokens", "bias"])
+@pytest.mark.parametrize("name", ["large", "dora", "head", "norm", "tokens", "bias", "biases"])
 def test_as_stock_peft_computes(cli, world, tmp_path, name):
     out = tmp_path / "out.mlpackage"
     said = fused(cli, world / "plain.mlpackage", world / name, out)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlx_lm.utils import load_model
+from safetensors.torch import load_file, save_file
 
 from loraduct.converters import fuse_folder
 from loraduct.validation.effect import effect as effect_of
@@ -31,7 +32,9 @@ def bases(tmp_path_factory):
             plain = fusing.saved(name, folder / "plain", torch.float16)
             (plain / "tokenizer_config.json").write_text("{}")
             packed = folder / "packed"
-            if name == "qwen3_moe":  # mlx-lm reads old keys
+            if name == "qwen3_next":
+                fusing.edited(plain, partial_rotary_factor=0.25, full_attention_interval=2)
+            if name.startswith("qwen3_"):  # mlx-lm reads old keys
                 theta = json.loads((plain / "config.json").read_text())["rope_parameters"][
                     "rope_theta"
                 ]
@@ -380,3 +383,110 @@ def test_convolutions_by_rows_of_their_outputs():
     found = np.concatenate(list(fuse_stream.blocks(read, [(u, 2.0)]))).reshape(6, 5, 3)
     wanted = base.data + np.einsum("or,rik->oik", b.data[:, :, 0], a.data)
     assert np.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 44]},
+    ],
+    ids=["tied head", "norms", "biases", "tokens"],
+)
+@pytest.mark.parametrize("remedy", ["none", "auto"])
+def test_what_mlx_can_not_hold_beside_the_base_is_fused(cli, bases, tmp_path, config, remedy):
+    """By default too, where the report is made: of the effect it says that it can't be measured."""
+    plain, packed = bases("qwen2", bits=8)
+    adapter = fusing.trained(plain, tmp_path / "a", **config)
+    said = fused(cli, packed, adapter, tmp_path / "out", "--remedy", remedy)
+    assert said["effect"] is None
+    assert "can't run this adapter beside the base" in said["effect_not_measured"]
+    assert said["survival"]["share"] == pytest.approx(1, abs=0.1)
+    found, before = (
+        np.array(load_model(f)[0](mx.array(fusing.IDS.numpy()))[0].astype(mx.float32))
+        for f in (tmp_path / "out", packed)
+    )
+    wanted = fusing.unfused(plain, (adapter, 1.0))
+    bare = fusing.logits(fusing.loaded(plain))
+    noise = np.linalg.norm(before - bare)  # of 8 bits
+    assert np.linalg.norm(found - wanted) < 1.5 * noise < 0.6 * np.linalg.norm(wanted - bare)
+    gate = cli("fuse", adapter, "--base", packed, "--dry-run", "--min-effect", 0.5)
+    assert gate.exit_code == 3
+    assert "the effect can't be measured" in gate.stderr
+
+
+def test_a_head_that_mlx_always_ties_is_refused_with_a_way_out(cli, bases, tmp_path):
+    plain, packed = bases("gemma2", bits=8)
+    adapter = fusing.trained(plain, tmp_path / "a", target_modules=["embed_tokens"])
+    done = cli("fuse", adapter, "--base", packed, "-o", tmp_path / "out", "--no-report")
+    assert done.exit_code == 1
+    assert "fuse it into the unpacked base" in done.stderr
+    assert "--untie-base" not in done.stderr
+    assert cli("fuse", adapter, "--base", plain, "-o", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("remedy", ["none", "auto"])
+def test_a_zero_update_changes_nothing_and_nothing_is_said_of_it(cli, bases, tmp_path, remedy):
+    """All of it zero, and one layer of several. Of nothing there is no share that could survive."""
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", 0.1)
+    file = adapter / "adapter_model.safetensors"
+    for zero in ("layers.0.", ""):
+        held = load_file(file)
+        save_file(
+            {n: 0 * t if zero in n and "lora_B" in n else t for n, t in held.items()},
+            file, {"format": "pt"},
+        )  # fmt: skip
+        out = tmp_path / f"out {zero}"
+        said = fused(cli, packed, adapter, out, "--remedy", remedy)
+        before, after = (mx.load(str(f / "model.safetensors")) for f in (packed, out))
+        for row in said["survival"]["modules"]:
+            if zero in row["module"]:
+                assert row["share"] is row["cosine"] is None
+                assert row["codes"] == 0
+                for name in (row["module"].replace("weight", part) for part in PARTS):
+                    assert np.array_equal(
+                        *(np.array(x[name].view(mx.uint8)) for x in (before, after))
+                    )
+            else:
+                assert row["share"] > 0.1
+    assert said["survival"]["share"] is said["survival"]["cosine"] is None
+    assert "n/a" in cli("fuse", adapter, "--base", packed, "--dry-run", "--remedy", remedy).stdout
+
+
+@pytest.mark.parametrize("remedy", ["none", "rescale", "compensate", "bits"])
+def test_what_is_beyond_the_scales_is_refused_with_a_way_out(cli, bases, tmp_path, remedy):
+    plain, packed = bases()
+    adapter = small(plain, tmp_path / "a", 0.1)
+    words = ("--base", packed, "-o", tmp_path / "out", "--remedy", remedy, "--no-report")
+    done = cli("fuse", f"{adapter}:1e8", *words)
+    assert done.exit_code == 1
+    assert (
+        "does not fit F16 with the adapter in it; give the adapter a smaller weight" in done.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_norms_that_mlx_stores_with_one_added(cli, bases, tmp_path):
+    """Those of linear attention it stores as they are."""
+    plain, packed = bases("qwen3_next", bits=8)
+    name = "model.layers.1.input_layernorm.weight"
+    theirs = np.array(mx.load(str(packed / "model.safetensors"))[name].astype(mx.float32))
+    ours = fusing.tensors(plain)[name].float().numpy()
+    assert np.allclose(theirs, 1 + ours, atol=2e-3)
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}
+    adapter = fusing.trained(plain, tmp_path / "a", **config)
+    done = cli("fuse", adapter, "--base", packed, "-o", tmp_path / "out", "--no-report")
+    assert done.exit_code == 1
+    assert "has added 1; fuse into transformers' folder" in done.stderr
+    assert cli("fuse", adapter, "--base", plain, "-o", tmp_path / "out").exit_code == 0
+    other = fusing.trained(
+        plain, tmp_path / "b", **config | {"modules_to_save": ["linear_attn.norm"]}
+    )
+    fused(cli, packed, other, tmp_path / "mlx", "--no-report")
+    key = "model.layers.0.linear_attn.norm.weight"
+    got = mx.load(str(tmp_path / "mlx" / "model.safetensors"))[key]
+    held = fusing.tensors(other)[f"base_model.model.{key}"]
+    assert np.allclose(np.array(got.astype(mx.float32)), held.float().numpy(), atol=2e-3)

@@ -276,3 +276,24 @@ def test_what_the_embedding_cannot_hold_of_a_head(
     assert done.code == 0, done.text
     plain = peers.torch_logits(peers.hf_base(base), zoo.TOKENS)
     peers.assert_same_logits(peers.mlx_logits(new, done.path, zoo.TOKENS), expected, plain)
+
+
+def test_templates_and_code_go_along(
+    tied: Callable[[str], Path],
+    convert: Convert,
+    zoo: ModuleType,
+    peers: ModuleType,
+    tmp_path: Path,
+) -> None:
+    """What a fused copy keeps, an untied one keeps too."""
+    base, new = tied("llama"), tmp_path / "untied"
+    made(peers, zoo, base, tmp_path / "peft", ["lm_head", "q_proj"])
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "configuration_own.py").write_text("class Own: ...\n")
+    convert(tmp_path / "peft", "mlx", "--base", base, "--untie-base", new)
+    for name in ("additional_chat_templates/tool.jinja", "configuration_own.py"):
+        assert (new / name).read_bytes() == (base / name).read_bytes()
