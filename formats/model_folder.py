@@ -17,10 +17,11 @@ from loraduct.formats import companions
 from loraduct.formats.base import Base
 from loraduct.formats.json_file import dump, read_object
 from loraduct.formats.safetensors_file import read_header
-from loraduct.formats.untied import CONFIG, INDEX, WEIGHTS
 from loraduct.tensor import BITS, Tensor
 from loraduct.text import several
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 SHARD = 5_000_000_000  # bytes, as transformers has it
 _STEP = 4 << 20
 _TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders of *.jinja

@@ -20,12 +20,11 @@ from loraduct.files import Source, file_chunks, make_folder, resolved, write_fil
 from loraduct.formats import companions, model_folder
 from loraduct.formats.base import HEADS, Base
 from loraduct.formats.json_file import dump, read_object
+from loraduct.formats.model_folder import CONFIG, INDEX, WEIGHTS
 from loraduct.formats.safetensors_file import read_header
 from loraduct.tensor import Tensor
 from loraduct.text import printable
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD = "model-lm_head.safetensors"  # mlx-lm reads model*.safetensors, transformers the index
 _STEP = 4 << 20
 
