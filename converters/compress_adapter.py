@@ -18,7 +18,7 @@ from typing import Any
 from loraduct import origin
 from loraduct.adapter import Adapter
 from loraduct.converters import balance, bits
-from loraduct.converters.compress_factors import PROBE, Coded, Pair, best, losses, pairs
+from loraduct.converters.compress_factors import PROBE, Coded, Pair, best, blank, losses, pairs
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.convert import Options as Conversion
 from loraduct.converters.convert import convert
@@ -130,16 +130,11 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
 
     Raises Refused for what is packed already, holds NaN, or can't be made as small as asked.
     """
-    _check_wanted(target, wanted)
-    where, options = locate(target, ReadOptions(restore=False))
-    if output is not None:
-        folder.check_target(output, where, wanted.force)
-    adapter = read_adapter(target, options)
-    _check_adapter(adapter)
+    where, options, adapter = opened(target, output, wanted)
     weights, tensors, metadata = _READ[adapter.format](where, options)
     held = [p for p in pairs(adapter, tensors) if wanted.left_out([p.name]) is None]
     if not held:
-        raise Refused(adapter.weights, "holds no factors of LoRA to compress")
+        raise Refused(adapter.weights, wanted.none_left("factors of LoRA to compress"))
     group = wanted.group_size or 0
     packed_names = {name for p in held for name in p.names}
     kept = {n: t for n, t in tensors.items() if n not in packed_names}
@@ -169,6 +164,17 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
                 write_file(stage / companion.name, file_chunks(companion))
             outcome.files = {p.name: p.stat().st_size for p in sorted(stage.iterdir())}
     return outcome
+
+
+def opened(target: Path, output: Path | None, wanted: Wanted) -> tuple[Path, ReadOptions, Adapter]:
+    """(its folder, how it is read, the adapter), all checked but its values. Raises Refused."""
+    _check_wanted(target, wanted)
+    where, options = locate(target, ReadOptions(restore=False))
+    if output is not None:
+        folder.check_target(output, where, wanted.force)
+    adapter = read_adapter(target, options)
+    _check_adapter(adapter)
+    return where, options, adapter
 
 
 @dataclass(frozen=True)
@@ -305,19 +311,25 @@ def _widths(
         width = wanted.palettize or int((wanted.quantize or "")[3:])
         return [(p, width, tuple(balance.FORMS)) for p in held]
     count = {p.name: sum(prod(t.stored_shape) for t in p.stored) for p in held}
+    blanks = {p.name: blank(p, min(_PLANNED)) for p in held}
+    least = sum(c.nbytes for pair in blanks.values() for c in pair)
+    rest = 0
+    if wanted.bits_per_weight:
+        room = bits.size_of(count, wanted.bits_per_weight)
+    else:
+        done = {n: c for p in held for n, c in zip(p.names, blanks[p.name], strict=True)}
+        rest = len(made.data(done)) - least + _SLACK + 4 * len(made.kept)
+        assert wanted.size is not None
+        room = wanted.size - rest
+    if least > room:
+        said = wanted.unmet(least, rest, 2 * len(held), sum(count.values()))
+        raise Refused(made.adapter.weights, said)
     probes = {p.name: best(p, PROBE, "lut", 0) for p in held}
     choices = dict[str, list[bits.Choice]]()
     for p in held:
         form, square = (probes[p.name].form,), losses(p.update, p.update)[1] ** 2
         tried = {w: probes[p.name] if w == PROBE else best(p, w, "lut", 0, form) for w in _PLANNED}
         choices[p.name] = [bits.Choice(w, f.nbytes, f.loss**2 * square) for w, f in tried.items()]
-    if wanted.bits_per_weight:
-        room = bits.size_of(count, wanted.bits_per_weight)
-    else:
-        done = {n: c for p in held for n, c in zip(p.names, probes[p.name].coded, strict=True)}
-        fixed = len(made.data(done)) - sum(f.nbytes for f in probes.values())
-        assert wanted.size is not None
-        room = wanted.size - fixed - _SLACK - 4 * len(made.kept)
     plan = bits.plan(choices, room)
     return [
         (p, int(plan.widths[p.name]), tuple(dict.fromkeys((probes[p.name].form, "plain"))))

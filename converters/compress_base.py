@@ -19,22 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from loraduct.architectures import table
-from loraduct.converters import bits, compress_expanded, fuse_packed, mlx_quantize
+from loraduct.converters import bits, compress_expanded, mlx_quantize
 from loraduct.converters.base_report import Outcome
 from loraduct.converters.compress_loss import DAMPED, Lazily, Loss, best, damped, measured
 from loraduct.converters.compress_plan import squared
+from loraduct.converters.compress_unpack import decompress
 from loraduct.converters.compress_wanted import Wanted
 from loraduct.converters.fuse_folder import check_base
 from loraduct.converters.lut import THREADS
 from loraduct.errors import Refused
 from loraduct.files import staged_folder
 from loraduct.formats import base as base_folder
-from loraduct.formats import companions, model_folder
+from loraduct.formats import model_folder
 from loraduct.formats.base import HEADS, Base
 from loraduct.formats.model_folder import Stored, copied
 from loraduct.modules import pattern_of
 from loraduct.tensor import BITS, FLOATS, Tensor, as_float32
 from loraduct.text import printable, several
+
+__all__ = ["compress", "decompress"]
 
 GROUP = 64  # mlx-lm's own default
 _ROWS = 1 << 20  # numbers packed at once
@@ -58,36 +61,8 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Outcome:
         tensors, config = made
         with staged_folder(output) as stage:
             outcome.files = model_folder.write(base, tensors, config, model_folder.SHARD, stage)
-        outcome.notes += companions.find(base.path)[1]
+        outcome.notes += model_folder.left(base)
     return outcome
-
-
-def decompress(target: Path, output: Path, *, force: bool) -> Outcome:
-    """Write a packed base's weights out, as the values that MLX computes with."""
-    base = base_folder.read(target)
-    model_folder.check_target(output, [base.path], force)
-    check_base(base)
-    held = fuse_packed.modules(base)
-    if not held:
-        raise Refused(base.path / "config.json", "is not packed: there is nothing to decompress")
-    tensors: dict[str, Stored] = {}
-    for name, tensor in base.tensors.items():
-        module, _, part = name.rpartition(".")
-        if module not in held:
-            tensors[name] = copied(tensor)
-        elif part == "weight":
-            m = held[module]
-            tensors[name] = Stored(m.scales.dtype, m.shape, partial(_unpacked, m))
-        elif part not in ("scales", "biases"):
-            tensors[name] = copied(tensor)
-    config = {k: v for k, v in base.config.items() if not k.startswith("quantization")}
-    with staged_folder(output) as stage:
-        files = model_folder.write(base, tensors, config, model_folder.SHARD, stage)
-    return Outcome(
-        target, output, "unpacked", dict.fromkeys(held, "16"), _bytes(base.tensors),
-        sum(t.nbytes for t in tensors.values()), sum(math.prod(m.shape) for m in held.values()),
-        sum(tensors[f"{n}.weight"].nbytes for n in held), {}, files=files,
-    )  # fmt: skip
 
 
 def _check_wanted(target: Path, wanted: Wanted) -> None:
@@ -218,7 +193,7 @@ def _modules(base: Base, group: int, wanted: Wanted) -> tuple[dict[str, Tensor],
             raise Refused(tensor.path, f"is {tensor.stored_dtype}, expected floats", tensor=name)
         found[module] = tensor
     if not found:
-        raise Refused(base.path, "holds no weight that can be packed")
+        raise Refused(base.path, wanted.none_left("weight that can be packed"))
     return found, kept
 
 
@@ -247,8 +222,14 @@ def _widths(
     """
     if wanted.quantize:
         return dict.fromkeys(held, int(wanted.quantize.removeprefix("mlx"))), False
-    loss = wanted.calibration.loss if wanted.calibration else None
     count = {m: math.prod(t.shape) for m, t in held.items()}
+    sizes = {w: sum(_nbytes(t, w, how.group) for t in held.values()) for w in mlx_quantize.BITS}
+    fixed = sum(base.tensors[n].stored_nbytes for n in kept) + _SLACK + 400 * len(held)
+    whole = bits.size_of(count, wanted.bits_per_weight or 0)
+    room = whole if wanted.size is None else wanted.size - fixed
+    if (least := min(sizes.values())) > room:
+        raise Refused(base.path, wanted.unmet(least, fixed, len(held), sum(count.values())))
+    loss = wanted.calibration.loss if wanted.calibration else None
     errors: dict[str, dict[int, float]] = {}
     relative: dict[str, float] = {}
     for module, tensor in held.items():
@@ -259,11 +240,6 @@ def _widths(
         errors[module] = {
             w: how.lost(module, rows, tensor, w)[1] * of_all for w in mlx_quantize.BITS
         }
-    if wanted.size is not None:
-        fixed = sum(base.tensors[n].stored_nbytes for n in kept)
-        room = wanted.size - fixed - _SLACK - 400 * len(held)
-    else:
-        room = bits.size_of(count, wanted.bits_per_weight or 0)
     choices = {
         m: [bits.Choice(w, _nbytes(held[m], w, how.group), e) for w, e in of.items()]
         for m, of in errors.items()
@@ -276,7 +252,6 @@ def _widths(
 
     if not (loss and share):
         return planned(0.0), False
-    sizes = {w: sum(_nbytes(t, w, how.group) for t in held.values()) for w in mlx_quantize.BITS}
     alike = [dict.fromkeys(held, w) for w, size in sizes.items() if size <= room][-1:]
     shown = {m: t for m, t in held.items() if m in share}
     return _best([*map(planned, DAMPED), *alike], shown, how, loss), True
@@ -380,20 +355,3 @@ class _Packing:
         for block in self.beside.pop(part):
             kind = np.uint16 if block.dtype.itemsize == 2 else np.float32
             yield np.ascontiguousarray(block).view(kind)
-
-
-def _unpacked(m: fuse_packed.Module) -> Iterator[Any]:
-    import ml_dtypes
-    import numpy as np
-
-    kinds = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
-    high = math.prod(m.shape[:-1])
-    tensors = (m.weight, m.scales, m.biases)
-    step = max(1, _ROWS // m.shape[-1])
-    for start in range(0, high, step):
-        span = (start, min(start + step, high))
-        parts = [fuse_packed.rows_of(t, *span, t.shape[-1]) for t in tensors]
-        kind = kinds[m.scales.dtype]
-        scales, biases = (np.ascontiguousarray(p).view(kind) for p in parts[1:])
-        packed = mlx_quantize.Packed(parts[0], scales, biases, m.now.bits, m.now.group)
-        yield mlx_quantize.dequantize(packed)

@@ -44,7 +44,7 @@ def decompress(target: Path, output: Path, *, force: bool = False) -> Report:
 
     Equal ones are stored once. Raises Refused where there is none, or one is broken.
     """
-    check_output(output, force)
+    check_output(output, force, target)
     package = read(target)
     if not compressed_in(package):
         raise Refused(target, "holds no compressed constants")

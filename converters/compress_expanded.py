@@ -10,7 +10,7 @@ from typing import Any
 
 from loraduct.converters import palette, palettize, quantize
 from loraduct.converters.base_report import Outcome
-from loraduct.converters.compress_code import Way, linear, stored_bytes, tables
+from loraduct.converters.compress_code import Way, linear, stored_bytes, tables, unfit
 from loraduct.converters.compress_plan import Plan, budgeted, integers, squared
 from loraduct.converters.compress_sites import NEW, Weight, importance
 from loraduct.converters.compress_wanted import Wanted
@@ -18,7 +18,7 @@ from loraduct.converters.compressible import left_alone
 from loraduct.errors import Refused
 from loraduct.formats.base import Base
 from loraduct.formats.model_folder import Stored, copied
-from loraduct.tensor import FLOATS, Tensor, from_float
+from loraduct.tensor import FLOATS, Tensor, as_float32, from_float
 
 
 def planned(base: Base, wanted: Wanted) -> tuple[tuple[dict[str, Stored], dict[str, Any]], Outcome]:
@@ -69,7 +69,7 @@ def _weights(base: Base, wanted: Wanted) -> tuple[dict[str, Tensor], dict[str, s
         else:
             kept[name] = why
     if not found:
-        raise Refused(base.path, "holds no weight to compress")
+        raise Refused(base.path, wanted.none_left("weight to compress"))
     return found, kept
 
 
@@ -83,10 +83,18 @@ def _planned(
         way = integers(wanted) if wanted.quantize else (
             Way("lut", wanted.palettize or 0, wanted.group_size or 0)
         )  # fmt: skip
+        for (
+            w
+        ) in weights:  # the last table may be of fewer rows, the last scale of no fewer channels
+            w.reason = unfit(w, way, NEW) if way.kind == "int" else None
     except Refused as e:
         raise Refused(base.path, str(e)) from None
+    fit = [w for w in weights if w.reason is None]
+    if not fit:
+        why = sorted({w.reason or "" for w in weights})
+        raise Refused(base.path, f"holds nothing to compress ({'; '.join(why)})")
     moments = wanted.calibration.moments if wanted.calibration else {}
-    return Plan({w.offset: way for w in weights}, importance=importance(weights, moments))
+    return Plan({w.offset: way for w in fit}, importance=importance(fit, moments))
 
 
 def _values(tensor: Tensor) -> Any:
@@ -114,6 +122,6 @@ def _pieces(
         after = palette.expand(made)
     raw = from_float(after, tensor.dtype)
     norm = squared(before, counts)
-    gap = after.astype(np.float32) - before.astype(np.float32)
+    gap = as_float32(raw, tensor.dtype) - before.astype(np.float32)
     errors[name] = math.sqrt(squared(gap, counts) / norm) if norm else 0.0
     yield np.ascontiguousarray(raw)

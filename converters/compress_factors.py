@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 from loraduct.adapter import Adapter, LowRank
 from loraduct.converters import balance, palette, palettize, quantize
 from loraduct.converters.compress_code import Way, linear
+from loraduct.errors import Refused
 from loraduct.formats.packed_adapter import Item, values
 from loraduct.packing import packed
 from loraduct.tensor import FLOATS, Tensor
 
 PROBE = 3  # bits at which the forms of wide factors are told apart; they take long to try at 8
+_END = 65520.0  # from here on float16 is infinite
 _LAYOUTS = ("linear", "embedding", "weight", "parameter")
 
 
@@ -95,7 +99,10 @@ def pairs(adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[Pair]:
 def best(
     pair: Pair, width: int, kind: str, group: int, forms: Sequence[str] = tuple(balance.FORMS)
 ) -> Found:
-    """The pair at ``width`` bits, in that of ``forms`` whose dW comes out best."""
+    """The pair at ``width`` bits, in that of ``forms`` whose dW comes out best.
+
+    Raises Refused for NaN and Inf, and where each form has values beyond float16.
+    """
     import numpy as np
 
     if not pair.turnable:
@@ -110,19 +117,56 @@ def best(
         made = _both(pair, [turned, other.T], width, kind, group)
         return Found(form, made, balance.loss(a, b, made[0].rows, made[1].rows.T))
 
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        forms = ("plain",)  # whose tables say so; an SVD would fail
+    elif min(a.shape) != min(
+        b.shape
+    ):  # more ranks than one side has channels: see `balance.turned`
+        forms = [form for form in forms if form in ("plain", "balanced")]
     if width > 4 and len(forms) > 2 and kind == "lut":
-        probed = min((tried(form, PROBE) for form in forms), key=lambda f: f.loss).form
+        probed = _least(partial(tried, width=PROBE), forms).form
         forms = tuple(dict.fromkeys((probed, "plain")))
-    return min((tried(form, width) for form in forms), key=lambda f: f.loss)
+    return _least(partial(tried, width=width), forms)
+
+
+def _least(tried: Callable[[str], Found], forms: Sequence[str]) -> Found:
+    """What loses least. Raises Refused where no form can be stored; one of several may be beyond float16."""
+    found: list[Found] = []
+    refused: list[Refused] = []
+    for form in forms:
+        try:
+            found.append(tried(form))
+        except Refused as e:
+            refused.append(e)
+    if not found:
+        raise refused[0]
+    return min(found, key=lambda f: f.loss)
+
+
+def blank(pair: Pair, width: int) -> tuple[Coded, Coded]:
+    """The pair in tables of ``width`` bits for all of a factor, without its values: of its size."""
+    import numpy as np
+
+    heights = [t.shape[0] for t in pair.stored]
+    if pair.turnable:
+        heights = [len(_live(pair.update.a.read(), pair.update.b.read())[0])] * 2
+    made = []
+    for tensor, axis, high in zip(pair.stored, pair.axes, heights, strict=True):
+        shape = tensor.stored_shape
+        count = high * (prod(shape) // shape[axis])
+        stream, table = packed(np.zeros(count, np.uint8), width), np.zeros(1 << width, np.float16)
+        made.append(Coded(Item(width, shape, axis, high, 0, "lut"), stream, table))
+    return made[0], made[1]
 
 
 def _live(a: Any, b: Any) -> tuple[Any, Any]:
     """Without the ranks behind the last that does anything: padding is not stored. float64."""
     import numpy as np
 
-    live = np.flatnonzero(np.abs(a).max(1) * np.abs(b).max(0) > 0)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    live = np.flatnonzero(np.abs(a).max(1) * np.abs(b).max(0) != 0)  # NaN is not padding
     rank = int(live[-1]) + 1 if len(live) else 1
-    return a[:rank].astype(np.float64), b[:, :rank].astype(np.float64)
+    return a[:rank], b[:, :rank]
 
 
 def _both(
@@ -140,6 +184,10 @@ def _coded(matrix: Any, item: Item, name: str) -> Coded:
 
     matrix = np.ascontiguousarray(matrix, np.float32)
     if item.kind == "int":
+        largest = float(np.abs(matrix).max(initial=0))
+        if np.isfinite(largest) and largest >= _END:
+            what = f"holds values of {largest:.4g}: float16, as which it is read, ends before that"
+            raise Refused(None, what, tensor=name)
         way = Way("int", item.bits, item.group)
         q = quantize.quantize(matrix, linear(way, "float16"), name=name)
         codes, numbers = q.data.astype(np.int16) + (1 << (item.bits - 1)), q.scale

@@ -22,6 +22,7 @@ from loraduct.converters.compress_sites import (
     ADAPTER,
     BASE,
     Weight,
+    base_functions,
     compressed_in,
     form_of,
     importance,
@@ -44,12 +45,12 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
     Raises Refused, with nothing written, for what can't be compressed as asked.
     """
     if output is not None:
-        check_output(output, wanted.force)
+        check_output(output, wanted.force, target)
     ways = plans.asked(wanted)
     package = read(target)
     form, found = form_of(package), record.find(package)
     whole = any(v is not None for v in (ways[BASE], wanted.size, wanted.bits_per_weight))
-    count = compressed_in(package)
+    count = compressed_in(package, base_functions(package, found))
     if count and whole:
         what = f"is compressed already ({count} constants); `loraduct decompress` it first"
         raise Refused(target, what)
@@ -61,6 +62,9 @@ def compress(target: Path, output: Path | None, wanted: Wanted) -> Report:
         plan = _planned(package, held, ways, wanted, form, report)
     except Refused as e:
         raise Refused(target, str(e)) from None
+    if not plan.ways and any(w.reason == plans.HELD for w in held):
+        asked = f"--size {wanted.size}" if wanted.size is not None else "these bits per weight"
+        raise Refused(target, f"fits {asked} as it is ({report.before} bytes): nothing to compress")
     if not plan.ways:
         why = sorted({w.reason or "" for w in held})
         raise Refused(target, f"holds nothing to compress ({'; '.join(why) or 'no weights'})")
@@ -94,6 +98,7 @@ def _planned(
     moments = wanted.calibration.moments if wanted.calibration else {}
     if wanted.size is None and wanted.bits_per_weight is None:
         plan = plans.fixed(held, ways, form)
+        plans.leave_many_values(held, plan, values)
         base = ways[BASE]
         chosen = [w for w in held if w.offset in plan.ways]
         if report.output is None and base is not None and plans.by_rows(base):

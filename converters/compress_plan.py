@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
-from loraduct.converters import bits, palette, palettize
+from loraduct.converters import bits, lut, palette, palettize
+from loraduct.converters.coded import chunks, coded
 from loraduct.converters.compress_code import Way, stored_bytes, tables, unfit
 from loraduct.converters.compress_loss import DAMPED, Lazily, Loss, best, damped, measured
 from loraduct.converters.compress_report import kind_of
 from loraduct.converters.compress_sites import ADAPTER, BASE, OLD, Weight, importance
 from loraduct.converters.compress_wanted import PALETTES, Calibration, Wanted
 from loraduct.errors import Refused
+from loraduct.formats.coreml.blob import CODES
 from loraduct.text import size as shown_size
 
 BLOCK = (
@@ -24,6 +26,7 @@ TEXT = 320  # bytes that a rewritten operation adds to the program, at most (mea
 SMALLEST = 64  # numbers; fewer are never worth a table
 GROUPS = (0, 16, 4, 1)  # rows per table that a calibrated budget chooses among; 0: one table
 PROBE = 16  # rows per table where a tensor is changed to see what that does to the predictions
+HELD = "the budget holds it as it is"
 _CHUNK = 1 << 18
 Read = Callable[[Weight], Any]
 
@@ -109,6 +112,23 @@ def fixed(weights: Sequence[Weight], ways: Mapping[str, Way | None], form: str) 
     return plan
 
 
+def leave_many_values(weights: Sequence[Weight], plan: Plan, read: Read) -> None:
+    """Take tensors out of ``plan`` whose tables are to hold all of their values, and can't."""
+    import numpy as np
+
+    for weight in weights:
+        way = plan.ways.get(weight.offset)
+        if way is None or way.lut != "unique" or way.scaled:
+            continue
+        code = coded(np.moveaxis(read(weight), way.axis, 0), name=weight.name)
+        each = (way.group or weight.shape[way.axis]) * (weight.count // weight.shape[way.axis])
+        try:
+            lut.bits_for(code, list(chunks(weight.count, each)), way.bits, None)
+        except Refused as e:
+            weight.reason = str(e)
+            del plan.ways[weight.offset]
+
+
 def _useless(weight: Weight, way: Way, form: str) -> str | None:
     if weight.count < SMALLEST:
         return f"fewer than {SMALLEST} numbers"
@@ -171,13 +191,11 @@ def budgeted(
     else:
         assert wanted.bits_per_weight is not None
         limit = bits.size_of({str(w.offset): w.count for w in free}, wanted.bits_per_weight)
+        if limit >= sum(w.count * CODES[w.dtype][1] // 8 for w in free):
+            # all as it is: what aligns tensors in the file is no reason to change them
+            limit = sum(nbytes(w, None) for w in free)
     if least > limit:
-        count = sum(w.count for w in free)
-        per = f"{math.ceil(800 * least / count) / 100:g} bits per weight" if count else "nothing"
-        whole = f"--size {wanted.size}: " if wanted.size is not None else ""
-        asked_for = whole or f"--bits-per-weight {wanted.bits_per_weight:g}: "
-        low = f"{least + rest} bytes" if wanted.size is not None else per
-        raise Refused(None, f"{asked_for}the smallest possible is {low} ({len(free)} tensors)")
+        raise Refused(None, wanted.unmet(least, rest, len(free), sum(w.count for w in free)))
     moments = wanted.calibration.moments if wanted.calibration else {}
     plan = estimated(free, known, form, read, moments)
     choices = {}
@@ -188,7 +206,7 @@ def budgeted(
     _decide(plan, free, partial(bits.plan, choices, limit), form, read, wanted.calibration)
     for weight in free:
         if weight.offset not in plan.ways:
-            weight.reason = "the budget holds it as it is"
+            weight.reason = HELD
     return plan
 
 

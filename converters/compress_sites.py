@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,10 +70,17 @@ def blocks_of(package: Package) -> Iterator[tuple[str, Any]]:
             yield name, block
 
 
-def compressed_in(package: Package) -> int:
-    """How many compressed constants there are, of all functions."""
-    blocks = blocks_of(package)
-    return sum(is_compressed(op) for _, block in blocks for op in operations(block))
+def compressed_in(package: Package, functions: Collection[str] | None = None) -> int:
+    """How many compressed constants there are, of some functions or all."""
+    held = [b for name, b in blocks_of(package) if functions is None or name in functions]
+    return sum(is_compressed(op) for block in held for op in operations(block))
+
+
+def base_functions(package: Package, record: Mapping[str, Any] | None) -> set[str]:
+    """Functions without an adapter, whose constants are the base's; all where each has one."""
+    rows = (record or {}).get("functions", {})
+    names = set(package.functions)
+    return {name for name in names if not rows.get(name, {}).get("adapters")} or names
 
 
 def weights(package: Package, record: Mapping[str, Any] | None, wanted: Wanted) -> list[Weight]:

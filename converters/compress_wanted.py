@@ -7,6 +7,7 @@ existing ``output`` may be replaced is checked by them (``force``).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from loraduct.text import printable
 PALETTES = WIDTHS["lut"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9,
           "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}  # fmt: skip
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]?I?B|)\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,26 @@ class Wanted:
             return "in --exclude"
         return None
 
+    def none_left(self, what: str) -> str:
+        """What is said where there is no ``what``, or `left_out` leaves none."""
+        given = {"--include": self.include, "--exclude": self.exclude}
+        options = [f"{o} {printable(repr(v))}" for o, v in given.items() if v is not None]
+        leave = "leave" if len(options) > 1 else "leaves"
+        among = f" among those that {' and '.join(options)} {leave}" if options else ""
+        return f"holds no {what}{among}"
+
+    def unmet(self, least: int, rest: int, tensors: int, count: int) -> str:
+        """What is said of a budget that can't be met: the least that can.
+
+        ``least``: bytes of the ``tensors`` that it is for, of ``count`` numbers; ``rest``: all others.
+        """
+        if self.size is not None:
+            low = f"--size {self.size}: the smallest possible is {least + rest} bytes"
+        else:
+            per = f"{math.ceil(800 * least / count) / 100:g} bits" if count else "nothing"
+            low = f"--bits-per-weight {self.bits_per_weight:g}: the smallest possible is {per}"
+        return f"{low} ({tensors} {'tensor' if tensors == 1 else 'tensors'})"
+
 
 def _pattern(text: str | None) -> re.Pattern[str] | None:
     try:
@@ -124,5 +145,5 @@ def bytes_of(text: str) -> int:
     """``60MB`` (10**6), ``60MiB`` (2**20), or bytes. Raises Refused for what is no size."""
     found = _SIZE.match(text.strip())
     if not found:
-        raise Refused(None, f"{text!r} is no size; such as 60MB, 1.5GB or 57MiB")
+        raise Refused(None, f"{printable(repr(text), 60)} is no size; such as 60MB, 1.5GB or 57MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])

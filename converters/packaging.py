@@ -11,6 +11,7 @@ from loraduct.converters.coreml import arguments_of, tokenizer_of
 from loraduct.converters.neutral import neutral
 from loraduct.converters.package import Member, Report, check_name, put
 from loraduct.errors import Refused
+from loraduct.files import resolved
 from loraduct.formats import read
 from loraduct.formats.base import Base
 from loraduct.formats.companions import is_companion
@@ -79,8 +80,15 @@ def package(
     return done
 
 
-def check_output(output: Path, force: bool) -> None:
-    """Refuse a target that is no package's name, or that is there and isn't ours to replace."""
+def check_output(output: Path, force: bool, source: Path | None = None) -> None:
+    """Refuse a target that is no package's name, or that is there and isn't ours to replace.
+
+    ``source``: the package that it is made from, which ``force`` replaces where it is the target itself.
+    """
+    if source is not None:
+        one, other = resolved(output), resolved(source)
+        if other in one.parents or one in other.parents:
+            raise Refused(output, f"lies in {source}, or holds it; choose another place")
     if output.suffix != SUFFIX:
         raise Refused(output, f"a package's name ends in {SUFFIX}")
     if output.exists() or output.is_symlink():

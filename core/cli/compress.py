@@ -36,7 +36,10 @@ CALIBRATED = {"package": "OfPackage", "base": "OfBase"}  # who measures what --c
     help="A width for every tensor, so that this is the average and the error the least.",
 )  # fmt: skip
 @click.option("--size", metavar="SIZE", help="The same, for a size of all in all, such as 60MB.")
-@click.option("--adapter-bits", type=click.IntRange(1, 8), help="Adapters too [left as they are].")
+@click.option(
+    "--adapter-bits", type=click.Choice(["1", "2", "3", "4", "6", "8"]), metavar="BITS",
+    help="Adapters too, of a package [left as they are].",
+)  # fmt: skip
 @click.option(
     "--group-size", type=click.IntRange(1), metavar="N",
     help="Channels per table; with --quantize, input channels per scale.",
@@ -88,7 +91,7 @@ def command(
     quantize: str | None,
     bits_per_weight: float | None,
     size: str | None,
-    adapter_bits: int | None,
+    adapter_bits: str | None,
     group_size: int | None,
     granularity: str | None,
     asymmetric: bool,
@@ -143,7 +146,7 @@ def command(
         quantize=quantize,
         bits_per_weight=bits_per_weight,
         size=bytes_of(size) if size else None,
-        adapter_bits=adapter_bits,
+        adapter_bits=int(adapter_bits) if adapter_bits else None,
         group_size=group_size,
         granularity=granularity,
         asymmetric=asymmetric,
@@ -158,11 +161,12 @@ def command(
         exclude=exclude,
         force=force,
     )
+    whole = _effect(target, output, base, wanted) if of_adapter and base is not None else None
     made = how.compress(target, None if plan else output, wanted)
     if not of_adapter:
         _measured(made, text)
-    if of_adapter and base is not None:
-        _effects(made, target, base, wanted)
+    if whole is not None:
+        _effects(made, target, whole, wanted)
     if html is not None:
         from loraduct.converters.compress_curve import page
         from loraduct.files import replace_file
@@ -197,17 +201,31 @@ def _calibration(
     return getattr(calibration, CALIBRATED[kind])(target, file, base, adapters, budget)
 
 
-def _effects(made: Any, target: Path, base: Path, wanted: Any) -> None:
+def _effect(target: Path, output: Path | None, base: Path, wanted: Any) -> Any:
+    """The adapter's effect on the base's logits, before anything is written. Raises Refused for a base
+    that it isn't for."""
+    from loraduct.converters.compress_adapter import opened
+    from loraduct.formats import base as base_folder
+    from loraduct.formats import read
+    from loraduct.formats.options import ReadOptions
+    from loraduct.validation.effect import Kept
+
+    opened(target, output, wanted)  # what can be said without running a model is said at once
+    model = base_folder.read(base)
+    adapter = read(target, ReadOptions(restore=False, base=model))
+    for problem in base_folder.differences(adapter, model):
+        raise problem
+    return Kept(model, target)
+
+
+def _effects(made: Any, target: Path, whole: Any, wanted: Any) -> None:
     """What an adapter's compression leaves of its effect on the base's logits, and which width would
     leave enough where this one doesn't."""
     import tempfile
     from dataclasses import replace
 
     from loraduct.converters.compress_adapter import KEPT, WIDER, compress
-    from loraduct.formats import base as base_folder
-    from loraduct.validation.effect import Kept
 
-    whole = Kept(base_folder.read(base), target)
     with tempfile.TemporaryDirectory(prefix="loraduct-") as room:
 
         def kept(name: str, way: Any) -> float:
@@ -215,7 +233,7 @@ def _effects(made: Any, target: Path, base: Path, wanted: Any) -> None:
             if folder is None or way is not wanted:
                 folder = Path(room) / name
                 compress(target, folder, way)
-            return whole.cosine(folder)
+            return float(whole.cosine(folder))
 
         made.effects["as asked"] = kept("0", wanted)
         for width in WIDER if made.effects["as asked"] < KEPT else ():

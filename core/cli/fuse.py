@@ -168,7 +168,7 @@ def _opened(
         if output is not None:
             if resolved(output) == resolved(base):
                 raise Refused(output, "is the base; choose another package to write")
-            check_output(output, force)
+            check_output(output, force, base)
         return held, fuse_package, fuse_package.compressed(held)
     model = base_folder.read(base)
     if output is not None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from loraduct.converters import compress_adapter
+
 Cli = Callable[..., Any]
 
 
@@ -193,6 +195,24 @@ def _nan(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
+def _nan_behind(folder: Path) -> None:
+    """In the last rank, which is not taken for padding."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[-1, 0] = np.nan
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _scaled(a: float, b: float) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        factors = {
+            n: t * np.float32(a if ".lora_A." in n else b) for n, t in load_file(file).items()
+        }
+        save_file(factors, file, {"format": "pt"})
+
+    return edit
+
+
 def _config(**fields: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         file = folder / "adapter_config.json"
@@ -211,7 +231,14 @@ REFUSED: list[tuple[str, Callable[[Path], Any], list[str], str]] = [
     ("too few bits", lambda _: None, ["--bits-per-weight", "1"], "the smallest possible is"),
     ("empty", _nothing, ["--palettize", "4"], "holds no tensors"),
     ("moved base", _config(init_lora_weights="pissa"), ["--palettize", "4"], "moved the base"),
-    ("none left", lambda _: None, ["--palettize", "4", "--include", "lm_head"], "no factors"),
+    ("none left", lambda _: None, ["--palettize", "4", "--include", "lm_head"],
+     "holds no factors of LoRA to compress among those that --include 'lm_head' leaves"),
+    ("NaN behind", _nan_behind, ["--palettize", "4"], "lora_A.weight: holds NaN or Inf"),
+    ("NaN, int8", _nan_behind, ["--quantize", "int8"], "lora_A.weight: holds NaN or Inf"),
+    ("NaN, budget", _nan, ["--bits-per-weight", "4"], "lora_A.weight: holds NaN or Inf"),
+    ("too large", _scaled(1e6, 1e6), ["--palettize", "4"], "tables of float16 end before that"),
+    ("too large, int8", _scaled(1e6, 1e6), ["--quantize", "int8"], "float16, as which it is read"),
+    ("no base", lambda _: None, ["--palettize", "4", "--base", "nowhere"], "nowhere"),
     ("groups", lambda _: None, ["--quantize", "int4", "--group-size", "7"], "don't divide"),
     ("mlx4", lambda _: None, ["--quantize", "mlx4"], "has int8 and int4"),
     ("regex", lambda _: None, ["--palettize", "4", "--exclude", "("], "'('"),
@@ -233,6 +260,77 @@ def test_one_line_and_nothing_written(
     assert says in done.output
     assert done.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["peft"]
+
+
+@pytest.mark.parametrize("way", [["--palettize", "6"], ["--quantize", "int8"]], ids=" ".join)
+def test_one_factor_beyond_float16(
+    cli: Cli, peft_folder: Any, read_packed: Any, tmp_path: Path, way: list[str]
+) -> None:
+    """dW is not: another form of the factors holds it."""
+    source = peft_folder()
+    _scaled(9e-8, 3e7)(source)
+    done = cli("compress", source, "-o", tmp_path / "p", *way)
+    assert done.exit_code == 0, done.output
+    before = deltas(load_file(source / "adapter_model.safetensors"))
+    assert relative(before, deltas(read_packed(tmp_path / "p"))) < 0.05
+
+
+@pytest.mark.parametrize("way", [["--palettize", "6"], ["--quantize", "int8"], ["--size", "6KB"]],
+                         ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(("module", "rank"), [("self_attn.v_proj", 12), ("mlp.up_proj", 20)])
+def test_more_ranks_than_channels(
+    cli: Cli,
+    peft_folder: Any,
+    read_packed: Any,
+    tmp_path: Path,
+    module: str,
+    rank: int,
+    way: list[str],
+) -> None:
+    """Of one side, or of both."""
+    source = peft_folder(ranks={module: rank}, rank_pattern={module: rank})
+    done = cli("compress", source, "-o", tmp_path / "p", *way)
+    assert done.exit_code == 0, done.output
+    before = deltas(load_file(source / "adapter_model.safetensors"))
+    assert relative(before, deltas(read_packed(tmp_path / "p"))) < 0.3
+
+
+@pytest.mark.parametrize(("option", "low"), [("--size", "900"), ("--bits-per-weight", "1")])
+def test_the_least_is_said_before_the_search_and_is_enough(
+    cli: Cli,
+    peft_folder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    low: str,
+) -> None:
+    source = peft_folder()
+    with monkeypatch.context() as patch:
+        patch.setattr(compress_adapter, "best", None)
+        done = cli("compress", source, "-o", tmp_path / "p", option, low)
+    found = re.search(
+        rf"{option} {low}: the smallest possible is ([0-9.]+) b\w+ \(12 tensors\)", done.output
+    )
+    assert (done.exit_code, bool(found)) == (1, True), done.output
+    assert found
+    done = cli("compress", source, "-o", tmp_path / "p", option, found[1])
+    assert done.exit_code == 0, done.output
+    if option == "--size":
+        taken = (tmp_path / "p/adapter_packed.safetensors").stat().st_size
+        assert int(found[1]) - 200 < taken <= int(found[1])
+
+
+@pytest.mark.parametrize("where", ["-o", "--plan"])
+def test_another_base_is_refused_before_anything_is_written(
+    cli: Cli, peft_folder: Any, tiny_base: Path, tmp_path: Path, where: str
+) -> None:
+    out = [where, tmp_path / "p"] if where == "-o" else [where]
+    done = cli("compress", peft_folder(), *out, "--palettize", "4", "--base", tiny_base)
+    assert done.exit_code == 1
+    assert "made for another base" in done.output
+    assert done.output.count("\n") == 1
+    assert "size mismatch" not in done.output
     assert [p.name for p in tmp_path.iterdir()] == ["peft"]
 
 

@@ -262,6 +262,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too few bits": ({"bits_per_weight": 0.1}, "the smallest possible is"),
     "a pattern": ({"palettize": 4, "include": "("}, "regular expression"),
     "nothing": ({"palettize": 4, "include": "zzz"}, "nothing to compress"),
+    "too many values": (
+        {"palettize": 8, "lut": "unique"},
+        "distinct values, mode unique holds 256",
+    ),
+    "all fits": ({"size": 900 * 10**9}, "fits --size 900000000000 as it is"),
+    "no fewer bits": ({"bits_per_weight": 16}, "fits these bits per weight as it is"),
     "a scale": ({"quantize": "int8", "per_channel_scale": True}, "goes with --palettize"),
 }
 
@@ -273,6 +279,53 @@ def test_refused_in_one_line(world: Path, tmp_path: Path, name: str) -> None:
         compress(world / "x.mlpackage", tmp_path / "a.mlpackage", Wanted(**wanted))
     assert "\n" not in str(e.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["too many values", "all fits", "no fewer bits"])
+def test_a_plan_is_refused_as_the_run_is(world: Path, name: str) -> None:
+    wanted, message = BAD[name]
+    with pytest.raises(Refused, match=message):
+        compress(world / "x.mlpackage", None, Wanted(**wanted))
+
+
+@pytest.mark.parametrize("group", [0, 16])
+def test_tables_of_all_values_where_they_suffice(world: Path, tmp_path: Path, group: int) -> None:
+    """Of a package whose values are few: the plan and the run take the same tensors, which stay exact."""
+    few, dense, out = (tmp_path / f"{n}.mlpackage" for n in ("few", "dense", "out"))
+    compress(
+        world / "x.mlpackage", few, Wanted(palettize=4, group_size=group or None, exclude="q_proj")
+    )
+    decompress(few, dense)
+    wanted = Wanted(palettize=4, group_size=group or None, lut="unique")
+    plan, made = compress(dense, None, wanted), compress(dense, out, wanted)
+    assert {r.name: r.reason for r in plan.rows} == {r.name: r.reason for r in made.rows}
+    taken = {r.name for r in made.rows if r.way}
+    left = {r.name for r in made.rows if "distinct values" in (r.reason or "")}
+    assert taken
+    assert left
+    assert all("q_proj" in name for name in left)
+    before, after = by_coremltools(dense), by_coremltools(out)
+    for key, values in before.items():
+        if key[1] in taken:
+            np.testing.assert_array_equal(after[key], values)
+
+
+def test_a_package_is_not_written_into_its_source(world: Path, tmp_path: Path) -> None:
+    source, small = tmp_path / "s.mlpackage", tmp_path / "small.mlpackage"
+    shutil.copytree(world / "x.mlpackage", source)
+    compress(source, small, Wanted(palettize=4))
+    shutil.copytree(source, tmp_path / "out.mlpackage/in.mlpackage")
+    shutil.copy(source / "Manifest.json", tmp_path / "out.mlpackage")
+    before = adapters.snapshot(tmp_path)
+    for path in (source, tmp_path / "out.mlpackage/in.mlpackage"):
+        for out in (path / "in.mlpackage", path / "Data/in.mlpackage", tmp_path / "out.mlpackage"):
+            if path == source and out.name == "out.mlpackage":
+                continue
+            with pytest.raises(Refused, match="lies in"):
+                compress(path, out, Wanted(palettize=4, force=True))
+    with pytest.raises(Refused, match="lies in"):
+        decompress(small, small / "in.mlpackage", force=True)
+    assert adapters.snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -356,7 +409,7 @@ def test_sizes_as_people_write_them() -> None:
     given = ["60MB", "1.5 GB", "57MiB", "1000", "2kb"]
     wanted = [60_000_000, 1_500_000_000, 57 * 2**20, 1000, 2000]
     assert list(map(bytes_of, given)) == wanted
-    for bad in ("", "MB", "-1", "1TB", "1e6", "nan"):
+    for bad in ("", "MB", "-1", "1TB", "1e6", "nan", "9" * 400):
         with pytest.raises(Refused, match="no size"):
             bytes_of(bad)
 

@@ -233,6 +233,51 @@ def test_edits_keep_the_tables(cli: Cli, world: Path, tmp_path: Path) -> None:
     assert cli("package", "list", path).exit_code == 0
 
 
+@pytest.mark.parametrize("way", [["--palettize", "4"], ["--quantize", "int8"], ["--bits-per-weight", "4"]],
+                         ids=" ".join)  # fmt: skip
+def test_the_base_under_packed_adapters(
+    cli: Cli, world: Path, tmp_path: Path, way: list[str]
+) -> None:
+    """Compressed after they were added, it is what it is compressed before; they stay as they are."""
+    first, later = tmp_path / "first", tmp_path / "later"
+    first.mkdir(), later.mkdir()
+    done = cli("compress", world / "x.mlpackage", "-o", first / "x.mlpackage", *way)
+    assert done.exit_code == 0, done.output
+    for name, table in (("one", "lut4"), ("embed", "int8")):
+        packed_in(cli, world, first, name, table)
+        packed_in(cli, world, later, name, table)
+    before, out = later / "x.mlpackage", tmp_path / "y.mlpackage"
+    done = cli("compress", before, "-o", out, *way)
+    assert done.exit_code == 0, done.output
+    for function in ("base", "one", "embed"):
+        theirs, ours = (
+            {n: v for n, v in by_coremltools(p, function).items() if v[0] != "const"}
+            for p in (first / "x.mlpackage", out)
+        )
+        assert len(theirs) >= 15
+        assert ours.keys() == theirs.keys()
+        for name, (op, values) in theirs.items():
+            assert ours[name][0] == op, name
+            np.testing.assert_array_equal(ours[name][1], values)
+        np.testing.assert_array_equal(
+            adapters.logits(first / "x.mlpackage", function, IDS),
+            adapters.logits(out, function, IDS),
+        )
+    for name in ("one", "embed"):
+        cli("package", "extract", out, name, "-o", tmp_path / name)
+        cli("package", "extract", before, name, "-o", later / name)
+        one, two = (load_file(f / name / "adapter_model.safetensors") for f in (tmp_path, later))
+        assert one.keys() == two.keys()
+        assert all((one[n] == two[n]).all() for n in one)
+    again = cli("compress", out, "-o", tmp_path / "z.mlpackage", *way)
+    assert (again.exit_code, "is compressed already" in again.output) == (1, True), again.output
+    done = cli("decompress", out, "-o", tmp_path / "dense.mlpackage")
+    assert done.exit_code == 0, done.output
+    np.testing.assert_array_equal(
+        adapters.logits(tmp_path / "dense.mlpackage", "one", IDS), adapters.logits(out, "one", IDS)
+    )
+
+
 def test_what_no_table_holds_is_stored_in_full_and_said(world: Path) -> None:
     from dataclasses import replace
 
