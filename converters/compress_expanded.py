@@ -83,10 +83,9 @@ def _planned(
         way = integers(wanted) if wanted.quantize else (
             Way("lut", wanted.palettize or 0, wanted.group_size or 0)
         )  # fmt: skip
-        for (
-            w
-        ) in weights:  # the last table may be of fewer rows, the last scale of no fewer channels
-            w.reason = unfit(w, way, NEW) if way.kind == "int" else None
+        # the last table may be of fewer rows, the last scale of no fewer channels
+        for weight in weights if way.kind == "int" else ():
+            weight.reason = unfit(weight, way, NEW)
     except Refused as e:
         raise Refused(base.path, str(e)) from None
     fit = [w for w in weights if w.reason is None]

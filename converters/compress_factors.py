@@ -119,9 +119,8 @@ def best(
 
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         forms = ("plain",)  # whose tables say so; an SVD would fail
-    elif min(a.shape) != min(
-        b.shape
-    ):  # more ranks than one side has channels: see `balance.turned`
+    elif min(a.shape) != min(b.shape):
+        # more ranks than one side has channels, which `balance.turned` does not take
         forms = [form for form in forms if form in ("plain", "balanced")]
     if width > 4 and len(forms) > 2 and kind == "lut":
         probed = _least(partial(tried, width=PROBE), forms).form

@@ -68,8 +68,10 @@ def best(plans: Sequence[P], changed: Callable[[P], Mapping[str, Any]], loss: Lo
     Losses of tensors that are changed alone add up only about, and tell too much of small changes: a
     plan that trusts them less is often the better one, and none is always.
     """
-    found = [loss(changed(plan)) if len(plans) > 1 else None for plan in plans]
-    return min(zip(plans, found, strict=True), key=lambda both: both[1] or 0.0)[0]
+    plans = [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
+    if len(plans) == 1:
+        return plans[0]
+    return min(plans, key=lambda plan: loss(changed(plan)) or 0.0)
 
 
 def _neighbours(names: Sequence[str]) -> list[list[str]]:

@@ -167,7 +167,6 @@ class Mlx:
 
     def show(self, stack: Stack) -> None:
         """See `pool_parts.Runtime`."""
-
         made = self._made(stack)
         _check(made, stack[0][0].file if len(stack) == 1 else None)
         layers: dict[str, list[tuple[Low, float]]] = {}

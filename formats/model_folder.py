@@ -130,8 +130,8 @@ def carried(folder: Path) -> list[Path]:
     return [*companions.find(folder)[0], *templates, *_code(folder)]
 
 
-def left(base: Base) -> list[str]:
-    """Notes on what of the base's folder `write` neither writes anew nor carries."""
+def left(base: Base, label: str = "left behind") -> list[str]:
+    """Notes on what of the base's folder a changed copy neither has anew nor carries."""
     folder = base.path
     weights = {t.path for t in base.tensors.values()}
     known = {p.relative_to(folder).parts[0] for p in carried(folder)} | {CONFIG, INDEX}
@@ -144,7 +144,7 @@ def left(base: Base) -> list[str]:
         and not p.name.startswith(".")
         and not companions.is_companion(p.name)
     )
-    return [f"left behind: {several(names, 8)}", *odd] if names else odd
+    return [f"{label}: {several(names, 8)}", *odd] if names else odd
 
 
 def shards(tensors: Mapping[str, Stored], limit: int) -> dict[str, dict[str, Stored]]:
@@ -182,15 +182,20 @@ def write(
         where = {n: name for name, held in files.items() for n in held}
         write_file(stage / INDEX, [dump({"metadata": total, "weight_map": where})])
     write_file(stage / CONFIG, [dump(dict(config))])
-    for source in carried(base.path):
-        target = stage / source.relative_to(base.path)
+    return carry(base.path, carried(base.path), stage)
+
+
+def carry(folder: Path, sources: Sequence[Path], stage: Path) -> dict[str, int]:
+    """Copy files of ``folder`` into ``stage``, which is then whole; returns the bytes of all its files."""
+    for source in sources:
+        target = stage / source.relative_to(folder)
         if not target.parent.exists():
             make_folder(target.parent)
         write_file(target, file_chunks(source))
-    files_there = [p for p in sorted(stage.rglob("*")) if p.is_file()]
-    for folder in {p.parent for p in files_there}:
-        sync(folder)
-    return {p.relative_to(stage).as_posix(): p.stat().st_size for p in files_there}
+    files = [p for p in sorted(stage.rglob("*")) if p.is_file()]
+    for there in {p.parent for p in files}:
+        sync(there)
+    return {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
 
 
 def serialized(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> Iterator[Any]:

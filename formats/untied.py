@@ -16,8 +16,8 @@ from typing import Any
 
 from loraduct.architectures import Architecture, table
 from loraduct.errors import Refused
-from loraduct.files import Source, file_chunks, make_folder, resolved, write_file
-from loraduct.formats import companions, model_folder
+from loraduct.files import Source, file_chunks, resolved, write_file
+from loraduct.formats import model_folder
 from loraduct.formats.base import HEADS, Base
 from loraduct.formats.json_file import dump, read_object
 from loraduct.formats.model_folder import CONFIG, INDEX, WEIGHTS
@@ -91,8 +91,9 @@ def plan(base: Base) -> Untied:
         for n, t in base.tensors.items()
         if n.startswith(f"{stem}.")
     }
-    found, odd = tuple(model_folder.carried(base.path)), companions.find(base.path)[1]
-    return Untied(base, head, _config(base, stem, head), added, found, _left(base, found, odd))
+    found = tuple(model_folder.carried(base.path))
+    left = tuple(model_folder.left(base, "not carried to the untied base"))
+    return Untied(base, head, _config(base, stem, head), added, found, left)
 
 
 def _head_beside(stem: str, heads: list[str]) -> str:
@@ -112,21 +113,6 @@ def _config(base: Base, stem: str, head: str) -> dict[str, Any]:
         if isinstance(settings, dict) and stem in settings:
             config[field] = {**settings, head: settings[stem]}
     return config
-
-
-def _left(base: Base, carried: tuple[Path, ...], odd: list[str]) -> tuple[str, ...]:
-    """Notes on files of the base that are not carried."""
-    known = {p.relative_to(base.path).parts[0] for p in carried}
-    known |= {CONFIG, INDEX} | {t.path.name for t in _files(base)}
-    left = sorted(
-        p.name
-        for p in base.path.iterdir()
-        if p.name not in known
-        and not p.name.startswith(".")
-        and not companions.is_companion(p.name)
-    )
-    notes = [f"not carried to the untied base: {', '.join(left)}"] if left else []
-    return (*notes, *(o for o in odd if o.partition(" is ")[0] not in known))
 
 
 def _files(base: Base) -> list[Any]:
@@ -167,13 +153,7 @@ def write(untied: Untied, stage: Path) -> dict[str, int]:
         old = read_header(base.path / WEIGHTS)[0]
         write_file(stage / WEIGHTS, _serialized(old, untied.added, metadata))
     write_file(stage / CONFIG, [dump(dict(untied.config))])
-    for companion in untied.companions:
-        there = stage / companion.relative_to(base.path)
-        if not there.parent.exists():
-            make_folder(there.parent)
-        write_file(there, file_chunks(companion))
-    files = [p for p in sorted(stage.rglob("*")) if p.is_file()]
-    return {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
+    return model_folder.carry(base.path, untied.companions, stage)
 
 
 def _mended(index: dict[str, Any], untied: Untied) -> tuple[dict[str, Any], list[str]]:

@@ -48,13 +48,13 @@ def json_object(row: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def lone_surrogate(text: str) -> bool:
-    """Whether it holds half of a character (``\\ud800``), which JSON can say and no tokenizer reads."""
+def check_whole(file: Path, number: int, text: str) -> None:
+    """Raises Refused for half of a character (``\\ud800``), which JSON can say and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        what = "half of a character (a lone surrogate, \\ud800 to \\udfff)"
+        raise Refused(file, f"line {number} has {what}") from None
 
 
 def objects(file: Path) -> list[Mapping[str, Any]]:
@@ -94,10 +94,8 @@ def _checked(file: Path, number: int, row: str) -> Mapping[str, Any]:
         raise Refused(file, f"line {number} is not {wanted}")
     if not all(str(t).strip() for t in texts):
         raise Refused(file, f"line {number} has an empty text")
-    if any(lone_surrogate(str(t)) for t in texts):
-        raise Refused(
-            file, f"line {number} has half of a character (a lone surrogate, \\ud800 to \\udfff)"
-        )
+    for text in texts:
+        check_whole(file, number, str(text))
     return value
 
 

@@ -26,10 +26,6 @@ def prompts_of(file: Path) -> list[str]:
             raise Refused(file, f"line {number} is not an object with a prompt that is a text")
         if not prompt.strip():
             raise Refused(file, f"line {number} has an empty prompt")
-        if texts.lone_surrogate(prompt):
-            raise Refused(
-                file,
-                f"line {number} has half of a character (a lone surrogate, \\ud800 to \\udfff)",
-            )
+        texts.check_whole(file, number, prompt)
         found.append(prompt)
     return found

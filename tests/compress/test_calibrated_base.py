@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
+TEXT = ROOT / "examples" / "data" / "calibration.txt"
 ROWS = [families.tokens(n)[0].tolist() for n in (30, 28, 26)]  # the third is for the check
 LOUD = 40.0  # times the usual: what some channels of the inputs are
 
@@ -127,20 +128,27 @@ def test_a_text_lessens_what_is_lost(
     assert lost["with"] < 0.8 * lost["without"], lost
 
 
-@pytest.mark.heavy
-def test_smollm2_packed_to_a_budget_loses_less_with_a_text(cli: Cli, tmp_path: Path) -> None:
-    """On a page that was not calibrated with, with the values that mlx computes with; sizes as asked."""
+@pytest.fixture
+def smollm2() -> tuple[Path, list[int]]:
+    """The real base, and tokens of a page that is not calibrated with."""
     pytest.importorskip("mlx")
     from transformers import AutoTokenizer
 
     base = ROOT / ".cache" / "smollm2-135m-instruct"
     if not (base / "config.json").exists():
         pytest.skip("needs the base that `make demo` makes")
-    data = ROOT / "examples" / "data"
-    page = (data / "page.txt").read_text()
-    ids = AutoTokenizer.from_pretrained(base)(page)["input_ids"][:256]
+    page = (ROOT / "examples" / "data" / "page.txt").read_text()
+    return base, AutoTokenizer.from_pretrained(base)(page)["input_ids"][:256]
+
+
+@pytest.mark.heavy
+def test_smollm2_packed_to_a_budget_loses_less_with_a_text(
+    smollm2: tuple[Path, list[int]], cli: Cli, tmp_path: Path
+) -> None:
+    """With the values that mlx computes with; sizes as asked."""
+    base, ids = smollm2
     p, lost = logs(base, ids), {}
-    for name, more in {"without": [], "with": ["--calibrate", data / "calibration.txt"]}.items():
+    for name, more in {"without": [], "with": ["--calibrate", TEXT]}.items():
         said = compressed(cli, base, tmp_path / name, "--bits-per-weight", 3.7, *more)
         assert said["bits_per_weight"] <= 3.7
         lost[name] = divergence(p, logs(base, ids, mlx_values(tmp_path / name)))
@@ -148,20 +156,14 @@ def test_smollm2_packed_to_a_budget_loses_less_with_a_text(cli: Cli, tmp_path: P
 
 
 @pytest.mark.heavy
-def test_smollm2_mixed_is_no_worse_than_one_width_of_its_size(cli: Cli, tmp_path: Path) -> None:
-    """4.5 bits, which are 4 with scales and biases: on a page that was not calibrated with."""
-    pytest.importorskip("mlx")
-    from transformers import AutoTokenizer
-
-    base = ROOT / ".cache" / "smollm2-135m-instruct"
-    if not (base / "config.json").exists():
-        pytest.skip("needs the base that `make demo` makes")
-    data = ROOT / "examples" / "data"
-    ids = AutoTokenizer.from_pretrained(base)((data / "page.txt").read_text())["input_ids"][:256]
+def test_smollm2_mixed_is_no_worse_than_one_width_of_its_size(
+    smollm2: tuple[Path, list[int]], cli: Cli, tmp_path: Path
+) -> None:
+    """4.5 bits, which are 4 with scales and biases."""
+    base, ids = smollm2
     p, lost = logs(base, ids), {}
     for name, how in {"mixed": ["--bits-per-weight", 4.5], "one": ["--quantize", "mlx4"]}.items():
-        text = ["--calibrate", data / "calibration.txt"]
-        said = compressed(cli, base, tmp_path / name, *how, *text)
+        said = compressed(cli, base, tmp_path / name, *how, "--calibrate", TEXT)
         assert said["bits_per_weight"] <= 4.5
         lost[name] = divergence(p, logs(base, ids, mlx_values(tmp_path / name)))
     assert lost["mixed"] <= lost["one"], lost

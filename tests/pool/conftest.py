@@ -57,3 +57,19 @@ def adapters(fusing, bases, tmp_path_factory):
         name: fusing.trained(bases("llama"), home / name, seed, **config)
         for seed, (name, config) in enumerate(wanted.items(), 1)
     }
+
+
+@pytest.fixture(scope="module")
+def equal(fusing, bases, tmp_path_factory):
+    """Five adapters of the same size, a to e."""
+    home = tmp_path_factory.mktemp("equal")
+    return {
+        n: fusing.trained(bases("llama"), home / n, i, target_modules=["q_proj", "v_proj"])
+        for i, n in enumerate("abcde", 11)
+    }
+
+
+@pytest.fixture
+def model(fusing, bases):
+    """The tiny llama, by transformers."""
+    return fusing.loaded(bases("llama"))

@@ -16,21 +16,6 @@ from loraduct import AdapterPool
 from loraduct.errors import LoraductError, Refused
 
 
-@pytest.fixture(scope="module")
-def equal(fusing, bases, tmp_path_factory):
-    """Five adapters of the same size, a to e."""
-    home = tmp_path_factory.mktemp("equal")
-    return {
-        n: fusing.trained(bases("llama"), home / n, i, target_modules=["q_proj", "v_proj"])
-        for i, n in enumerate("abcde", 11)
-    }
-
-
-@pytest.fixture
-def model(fusing, bases):
-    return fusing.loaded(bases("llama"))
-
-
 def stored(folder, fusing):
     """Bytes of all tensors as float32."""
     return sum(4 * t.numel() for t in fusing.tensors(folder).values())

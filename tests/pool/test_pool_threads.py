@@ -17,21 +17,6 @@ from loraduct import AdapterPool
 from loraduct.errors import LoraductError
 
 
-@pytest.fixture(scope="module")
-def equal(fusing, bases, tmp_path_factory):
-    """Four adapters of the same size, a to d."""
-    home = tmp_path_factory.mktemp("equal")
-    return {
-        n: fusing.trained(bases("llama"), home / n, i, target_modules=["q_proj", "v_proj"])
-        for i, n in enumerate("abcd", 31)
-    }
-
-
-@pytest.fixture
-def model(fusing, bases):
-    return fusing.loaded(bases("llama"))
-
-
 class Gate:
     """Holds reading of what ``held`` names (by the adapter's folder) until it is opened."""
 
